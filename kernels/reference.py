@@ -1,0 +1,139 @@
+"""The specification: every op of the models in plain PyTorch, fp32 inside, formula and source.
+
+`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's two ops.
+`dtype` is that of the result: the caller names the one in which the next matrix product runs (None
+keeps the input's). `out` receives the result and may be the first input itself.
+
+Source: Wan2.1 @9737cba `wan/modules/model.py`, `attention.py`, `vae.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, with the biased variance.
+
+    x [..., D], weight [D], bias [D] -> [..., D].
+    """
+    return (_normalise(x, eps) * weight.float() + bias.float()).to(dtype or x.dtype)
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LN(x) * (1 + scale) + shift, where LN has no weight and no bias.
+
+    x [B, L, D]; scale, shift [B, 1, D] per sample or [B, L, D] per token -> [B, L, D].
+    """
+    y = _normalise(x, eps) * (1 + scale.float()) + shift.float()
+    return y.to(dtype or x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    """x + gate * y in fp32: the residual stream.
+
+    x, y [B, L, D]; gate [B, 1, D] per sample or [B, L, D] per token -> fp32 [B, L, D].
+    """
+    return _store(x.float() + gate.float() * y.float(), out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    The normalised value is rounded to x's dtype before it meets the fp32 weight, as in the source.
+    x [..., D], weight [D] -> [..., D].
+    """
+    x32 = x.float()
+    n = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (n.to(x.dtype).float() * weight.float()).to(dtype or x.dtype)
+
+
+def rms_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    freqs: Tensor,
+    num_heads: int,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`rms_norm` over the full width, then heads, then a rotation of each adjacent pair.
+
+    (a, b) = (y[2j], y[2j+1]) -> (a cos - b sin, a sin + b cos), with cos, sin = freqs[l, j].
+    x [B, L, H * hd], weight [H * hd], freqs fp32 [L, hd / 2, 2] = (cos, sin) -> [B, H, L, hd].
+    """
+    y = rms_norm(x, weight, eps, torch.float32)
+    a, b = y.unflatten(-1, (num_heads, -1, 2)).transpose(1, 2).unbind(-1)  # [B, H, L, hd / 2]
+    cos, sin = freqs.unbind(-1)
+    pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return pairs.flatten(-2).to(dtype or x.dtype)
+
+
+def gelu(x: Tensor, approximate: str = "tanh", out: Tensor | None = None) -> Tensor:
+    """0.5 x (1 + f), f = tanh(sqrt(2 / pi) (x + 0.044715 x^3)), or erf(x / sqrt 2) for "none"."""
+    x32 = x.float()
+    if approximate == "tanh":
+        inner = torch.tanh(math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32.pow(3)))
+    else:
+        assert approximate == "none", f"{approximate=}"
+        inner = torch.erf(x32 / math.sqrt(2))
+    return _store((0.5 * x32 * (1 + inner)).to(x.dtype), out)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v: dense, every query sees every key.
+
+    q [B, H, L, hd], k and v [B, H, n, hd], one dtype; `scale` defaults to 1 / sqrt(hd). `bias` is
+    additive and broadcasts to [B, H, L, n]: [B or 1, 1, 1, n] is a key bias. -> [B, H, L, hd].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = q.float() @ k.float().transpose(-1, -2) * scale  # [B, H, L, n]
+    if bias is not None:
+        scores = scores + bias.float()
+    return (scores.softmax(-1) @ v.float()).to(v.dtype)
+
+
+def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
+    """x / max(|x|_2, 1e-12) * sqrt(C) * gamma, the norm taken over the channel axis 1.
+
+    x [B, C, ...], gamma with C elements (any trailing ones) -> [B, C, ...].
+    """
+    x32 = x.float()
+    norm = x32.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
+    gamma = gamma.float().reshape(-1, *[1] * (x.ndim - 2))
+    return (x32 / norm * math.sqrt(x.shape[1]) * gamma).to(x.dtype)
+
+
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None, gamma: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """3-D convolution that sees no later frame: the kt - 1 frames of `history` stand in front of x.
+
+    Zeros around each frame keep its size. With `gamma`, x first becomes SiLU(rms_norm_channels(x)),
+    and the history holds such frames. x [B, C, T, H, W], weight [O, C, kt, kh, kw], history
+    [B, C, kt - 1, H, W] (None where kt is 1) -> [B, O, T, H, W] and the history of what follows x.
+    """
+    kt, kh, kw = weight.shape[2:]
+    if gamma is not None:
+        x = F.silu(rms_norm_channels(x, gamma).float()).to(x.dtype)
+    frames = x if history is None else torch.cat((history, x), 2)
+    padding = (0, kh // 2, kw // 2)
+    y = F.conv3d(frames.float(), weight.float(), bias.float(), padding=padding)
+    return y.to(x.dtype), frames[:, :, frames.shape[2] - (kt - 1) :] if kt > 1 else None
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    centred = x32 - x32.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+def _store(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)

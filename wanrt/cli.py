@@ -1,0 +1,208 @@
+"""The command line: parse, call, print. Progress goes to stderr, results to stdout."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import wanrt
+from wanrt import cli_tools
+from wanrt.config import GenerateConfig
+from wanrt.errors import UsageError, WanrtError
+from wanrt.media.output import check_output
+from wanrt.media.video import check_codec, write_video
+from wanrt.pipeline import Pipeline
+from wanrt.progress import Bars
+from wanrt.tasks.limits import round_frames
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=wanrt.__doc__
+)
+cli_tools.add_to(app)
+
+_INPUTS, _MODEL, _SAMPLING, _OUTPUT = "Inputs", "Model", "Sampling", "Output"
+
+
+def _choices(name: str, *values: str) -> type[StrEnum]:
+    return StrEnum(name, {v.replace("+", "p").replace("-", "_"): v for v in values})
+
+
+Task = _choices("Task", "auto", "t2v", "t2i", "i2v", "flf2v", "vace")
+Solver = _choices("Solver", "unipc", "dpm++", "euler")
+Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16")
+Device = _choices("Device", "auto", "cuda", "cpu")
+Noise = _choices("Noise", "cpu", "cuda")
+Codec = _choices("Codec", "h264", "hevc", "av1")
+Extend = _choices("Extend", "after", "before")
+
+
+def _in(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make and where it goes."""
+
+    prompt: str
+    seed: int
+    out: Path
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None,
+    out: Annotated[Path, _in(_OUTPUT, ".mp4, or .png for one image.", "-o", "--out")] = Path("out.mp4"),
+    model: Annotated[str, _in(_MODEL, "An id, a folder, a file or a repository (nano).")] = "nano",
+    text_encoder: Annotated[Path | None, _in(_MODEL, "Its file or folder, if apart.")] = None,
+    vae: Annotated[Path | None, _in(_MODEL, "Its file or folder, if apart.")] = None,
+    clip_vision: Annotated[Path | None, _in(_MODEL, "Its file or folder, if apart.")] = None,
+    low_noise_model: Annotated[Path | None, _in(_MODEL, "The second expert of A14B.")] = None,
+    task: Annotated[Task, _in(_INPUTS, "Usually clear from model and inputs.")] = Task.auto,
+    image: Annotated[Path | None, _in(_INPUTS, "First frame.")] = None,
+    last_image: Annotated[Path | None, _in(_INPUTS, "Last frame.")] = None,
+    video: Annotated[Path | None, _in(_INPUTS, "VACE: video to control or edit by.")] = None,
+    mask: Annotated[Path | None, _in(_INPUTS, "VACE: image or video, white is made anew.")] = None,
+    ref: Annotated[list[Path] | None, _in(_INPUTS, "VACE: reference image; repeatable.")] = None,
+    outpaint: Annotated[str | None, _in(_INPUTS, "VACE: as left,right:0.25.")] = None,
+    extend: Annotated[Extend | None, _in(_INPUTS, "VACE: go on after --video, or before.")] = None,
+    context_scale: Annotated[float, _in(_INPUTS, "VACE: strength (1).")] = 1.0,
+    size: Annotated[str | None, _in(_SAMPLING, "WIDTHxHEIGHT.")] = None,
+    frames: Annotated[int | None, _in(_SAMPLING, "4n+1; 1 is an image.")] = None,
+    round_: Annotated[bool, _in(_SAMPLING, "Take the nearest legal --frames.", "--round")] = False,
+    fps: Annotated[int | None, _in(_SAMPLING, "Frames per second.")] = None,
+    steps: Annotated[int | None, _in(_SAMPLING, "Denoising steps.")] = None,
+    guidance: Annotated[float | None, _in(_SAMPLING, "1 switches it off.")] = None,
+    guidance_low: Annotated[float | None, _in(_SAMPLING, "Of the low-noise expert.")] = None,
+    flow_shift: Annotated[float | None, _in(_SAMPLING, "Of the noise schedule.")] = None,
+    solver: Annotated[Solver, _in(_SAMPLING, "unipc, dpm++ or euler (unipc).")] = Solver.unipc,
+    distilled: Annotated[bool, _in(_SAMPLING, "Schedule of 4-step models.", "--distilled")] = False,
+    seed: Annotated[list[int] | None, _in(_SAMPLING, "Repeatable; random if absent.")] = None,
+    noise: Annotated[Noise, _in(_SAMPLING, "Generator of the noise (cpu).")] = Noise.cpu,
+    negative: Annotated[str | None, _in(_SAMPLING, 'What not to show; "" for nothing.')] = None,
+    prompts: Annotated[Path | None, _in(_INPUTS, "A file with one prompt per line.")] = None,
+    precision: Annotated[Precision, _in(_MODEL, "auto, fp32, bf16 or fp16.")] = Precision.auto,
+    device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
+    codec: Annotated[Codec, _in(_OUTPUT, "h264, hevc or av1 (h264).")] = Codec.h264,
+    crf: Annotated[int | None, _in(_OUTPUT, "Quality, lower is better.")] = None,
+    offline: Annotated[bool, _in(_MODEL, "Never download.", "--offline")] = False,
+    as_json: Annotated[bool, _in(_OUTPUT, "One JSON object per video.", "--json")] = False,
+    overwrite: Annotated[bool, _in(_OUTPUT, "Overwrite the output.", "-y", "--yes")] = False,
+) -> None:
+    """Make a video (or an image) from a prompt, pictures or a video."""
+    check_codec(codec, crf)
+    width, height = parse_size(size)
+    settings = {
+        "negative": negative,
+        "task": str(task),
+        "width": width,
+        "height": height,
+        "num_frames": round_frames(frames) if round_ and frames is not None else frames,
+        "fps": fps,
+        "num_steps": steps,
+        "guidance": guidance,
+        "guidance_low": guidance_low,
+        "flow_shift": flow_shift,
+        "solver": str(solver),
+        "distilled": distilled,
+        "noise": str(noise),
+        "image": image,
+        "last_image": last_image,
+        "video": video,
+        "mask": mask,
+        "refs": tuple(ref or ()),
+        "outpaint": outpaint,
+        "extend": extend and str(extend),
+        "context_scale": context_scale,
+    }
+    jobs = list(_jobs(_read_prompts(prompt, prompts), seed or [-1], out))
+    for job in jobs:
+        check_output(job.out, overwrite, num_frames=frames)
+    with Bars(quiet=as_json) as bars:
+        pipe = Pipeline.load(
+            model,
+            text_encoder=text_encoder,
+            vae=vae,
+            clip=clip_vision,
+            low_noise=low_noise_model,
+            precision=str(precision),
+            device=str(device),
+            offline=offline,
+            report=bars.report,
+        )
+        requests = [pipe.check(GenerateConfig(j.prompt, seed=j.seed, **settings)) for j in jobs]
+        pipe.encode_prompts([text for r in requests for text in r.prompts])
+        for job in jobs:
+            bars.next_request()
+            run = pipe.start(job.prompt, seed=job.seed, **settings)
+            latents = pipe.denoise(run, on_step=bars.on_step)
+            write_video(job.out, pipe.decode(run, latents), run.request.fps, codec, crf, overwrite)
+            _print_result(job, run, as_json)
+
+
+def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
+    """Every prompt with every seed; several results are numbered out-001, out-002, ..."""
+    several = len(prompts) * len(seeds) > 1
+    pairs = ((p, s) for p in prompts for s in seeds)
+    for number, (prompt, seed) in enumerate(pairs, start=1):
+        name = f"{out.stem}-{number:03d}{out.suffix}" if several else out.name
+        yield Job(prompt, seed, out.with_name(name))
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise UsageError("give one prompt, or --prompts FILE with one prompt per line")
+    if file is None:
+        return [prompt or ""]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompts in {file}: {error}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"{file} holds no prompt")
+    return found
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """`832x480` (or `832*480`, as the reference writes it) -> width, height."""
+    if text is None:
+        return None, None
+    width, _, height = text.lower().replace("*", "x").partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise UsageError(f"size {text!r}: write WIDTHxHEIGHT, as 832x480")
+    return int(width), int(height)
+
+
+def _print_result(job: Job, run: Any, as_json: bool) -> None:
+    request, seconds = run.request, sum(run.timings.values())
+    if as_json:
+        timings = {phase: round(value, 3) for phase, value in run.timings.items()}
+        result = {"path": str(job.out), **asdict(request), "timings": timings}
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        return
+    print(
+        f"{job.out}: {request.width}x{request.height}, {request.num_frames} frames, "
+        f"seed {request.seed}, {request.num_steps} steps of {request.solver}, "
+        f"guidance {request.guidance:g}, {seconds:.1f} s",
+        flush=True,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; a user's mistake never shows a traceback."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="wanrt: %(message)s")
+    try:
+        app(args, prog_name="wanrt")
+    except WanrtError as error:
+        print(f"wanrt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("wanrt: interrupted", file=sys.stderr)
+        sys.exit(130)

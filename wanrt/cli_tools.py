@@ -1,0 +1,129 @@
+"""The smaller verbs: inspect, dev random-weights, bench."""
+
+import json
+import re
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wanrt.errors import UsageError
+from wanrt.weights.detect import KIND_NAMES, Detected, describe
+from wanrt.weights.hub import resolve_model
+from wanrt.weights.layouts import Layout
+from wanrt.weights.names import Kind
+from wanrt.weights.random import write_random
+
+_DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8_scaled")
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A file, a folder, an id or a repository.")],
+    offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per model.")] = False,
+) -> None:
+    """Say what a checkpoint is; reads headers only."""
+    found = describe(resolve_model(path, offline=offline))
+    if as_json:
+        for one in found:
+            print(json.dumps(_record(one), ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("what", "kind", "precision", "layout", "parameters", "size", "path"):
+        table.add_column(column, justify="right" if column in ("parameters", "size") else "left")
+    for one in found:
+        table.add_row(
+            one.title + (f" ({one.note})" if one.note else ""),
+            re.sub(r"^an? ", "", KIND_NAMES[one.kind]),
+            one.precision or "",
+            f"{one.layout or ''} {one.container}".strip(),
+            f"{one.num_params:,}",
+            f"{one.num_bytes / 2**30:.2f} GiB" if one.num_bytes >= 2**28 else f"{one.num_bytes / 2**20:.1f} MiB",
+            str(one.path),
+        )
+    Console(soft_wrap=True).print(table, highlight=False)
+
+
+def _record(found: Detected) -> dict[str, Any]:
+    spec = asdict(found.spec) if is_dataclass(found.spec) else None
+    return {
+        "path": str(found.path),
+        "kind": found.kind,
+        "title": found.title,
+        "precision": found.precision,
+        "layout": found.layout,
+        "container": found.container,
+        "parameters": found.num_params,
+        "bytes": found.num_bytes,
+        "spec": spec,
+        "note": found.note,
+    }
+
+
+def random_weights(
+    variant: Annotated[str, typer.Option(help="An id such as t2v-1.3B or wan2.2-ti2v-5b.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    layout: Annotated[str, typer.Option(help="original, diffusers or comfyui.")] = "original",
+    parts: Annotated[str, typer.Option(help="Which parts.")] = "dit,umt5,vae,clip",
+    dtype: Annotated[str | None, typer.Option(help=", ".join(_DTYPES) + "; as released.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the values.")] = 0,
+) -> None:
+    """Write a checkpoint of true shapes and random values, to measure without a download."""
+    write_random(
+        variant,
+        _one_of("layout", layout, get_args(Layout)),
+        out,
+        components=[_one_of("part", part, get_args(Kind)) for part in parts.split(",")],
+        precision=dtype and _one_of("dtype", dtype, _DTYPES),
+        seed=seed,
+    )
+    print(out)
+
+
+def _one_of(what: str, value: str, legal: tuple[str, ...]) -> Any:
+    if value not in legal:
+        raise UsageError(f"{what} {value!r} does not exist; choose of {', '.join(legal)}")
+    return value
+
+
+def bench_vae(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    peer: Annotated[str | None, typer.Option(help="diffusers, or nothing.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or both as fp32,bf16.")] = "fp32,bf16",
+    sizes: Annotated[str, typer.Option(help="Frame sizes.")] = "64x64,96x96",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """Decode 9 frames with the true-size VAE 2.1, alternating with the peer."""
+    from wanrt.bench import vae
+
+    vae.main(device, peer, dtype.split(","), sizes.split(","), repeats, as_json)
+
+
+def bench_block(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    peer: Annotated[str | None, typer.Option(help="diffusers, or nothing.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or both as fp32,bf16.")] = "fp32,bf16",
+    tokens: Annotated[int, typer.Option(help="Sequence length.")] = 2048,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """One transformer block of the 1.3B, alternating with the peer."""
+    from wanrt.bench import block
+
+    block.main(device, peer, dtype.split(","), tokens, repeats, as_json)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register these verbs."""
+    app.command()(inspect)
+    dev = typer.Typer(no_args_is_help=True, help="For people who work on wanrt.")
+    dev.command("random-weights")(random_weights)
+    app.add_typer(dev, name="dev")
+    bench = typer.Typer(no_args_is_help=True, help="Measure, beside a peer, in one run.")
+    bench.command("vae")(bench_vae)
+    bench.command("block")(bench_block)
+    app.add_typer(bench, name="bench")

@@ -1,0 +1,184 @@
+"""The parts of a loaded model: each is read when it is first needed and let go when it is not."""
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from wanrt.config import MODELS, Defaults, Precision, WanSpec
+from wanrt.errors import FormatError, UsageError
+from wanrt.guidance import Expert
+from wanrt.models.tokenizer import Tokenizer
+from wanrt.weights.detect import Detected
+from wanrt.weights.load import load_component, read_spiece
+from wanrt.weights.names import Kind
+from wanrt.weights.parts import Parts
+
+Report = Callable[[str, int, int], None]  # phase, done, total
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
+_KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Weight dtype of each part; the VAE runs in fp32, as the reference does."""
+
+    dit: torch.dtype
+    umt5: torch.dtype
+    clip: torch.dtype
+    vae: torch.dtype = torch.float32
+
+
+def choose_dtypes(precision: Precision, num_params: int, device: torch.device) -> Dtypes:
+    """What `auto` means: fp32 for small models, bf16 matmuls for the released ones."""
+    if precision == "auto":
+        precision = "fp32" if num_params <= _SMALL_PARAMS else "bf16"
+    if precision not in _DTYPES:
+        raise UsageError(f"precision {precision!r} does not exist; choose auto, fp32, bf16 or fp16")
+    dtype = _DTYPES[precision]
+    text = torch.bfloat16 if dtype == torch.float16 else dtype  # umT5 overflows in fp16
+    return Dtypes(dtype, text, dtype if device.type == "cuda" else torch.float32)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' asked, but torch sees no CUDA GPU; use --device cpu")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} does not exist; choose auto, cuda or cpu")
+    return torch.device(name)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass
+class Components:
+    """Loads parts on demand onto one device; `release` drops them unless everything fits."""
+
+    parts: Parts
+    spec: WanSpec
+    dtypes: Dtypes
+    device: torch.device
+    check: bool
+    keep: bool
+    report: Report
+    _loaded: dict[str, nn.Module] = field(default_factory=dict)
+
+    def dit(self, expert: Expert = "high") -> nn.Module:
+        """The transformer; of two experts the one asked for, and only that one in memory."""
+        if expert == "low":
+            self.release("dit")
+            return self._get("low_noise", "dit", self.dtypes.dit)
+        self.release("low_noise")
+        return self._get("dit", "dit", self.dtypes.dit)
+
+    def vae(self) -> nn.Module:
+        return self._get("vae", "vae", self.dtypes.vae)
+
+    def umt5(self) -> nn.Module:
+        return self._get("umt5", "umt5", self.dtypes.umt5)
+
+    def clip(self) -> nn.Module:
+        return self._get("clip", "clip", self.dtypes.clip)
+
+    def tokenizer(self) -> Tokenizer:
+        """From its own file, or from the text encoder's, where ComfyUI embeds it."""
+        if self.parts.tokenizer is not None:
+            return Tokenizer.load(self.parts.tokenizer)
+        self.parts.require("umt5")
+        spiece = read_spiece(self.parts.umt5)
+        if spiece is None:
+            raise FormatError(
+                self.parts.umt5,
+                "comes without a tokenizer",
+                "put the model's tokenizer.json or spiece.model beside it",
+            )
+        return Tokenizer.from_spiece(spiece)
+
+    def release(self, *names: str) -> None:
+        """Free parts that the coming phases do not need; does nothing where all parts fit."""
+        if self.keep or not any(name in self._loaded for name in names):
+            return
+        for name in names:
+            self._loaded.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _get(self, name: str, kind: Kind, dtype: torch.dtype) -> nn.Module:
+        if name not in self._loaded:
+            self.parts.require(kind)
+            self._loaded[name] = load_component(
+                getattr(self.parts, name),
+                kind,
+                dtype=dtype,
+                device=self.device,
+                check=self.check,
+                progress=lambda done, total: self.report(f"load {name}", done, total),
+            )
+        return self._loaded[name]
+
+
+def identify(dit: Detected, has_low: bool, name: str) -> WanSpec:
+    """The released model that a transformer's shape and its folder's name stand for.
+
+    Several models share one shape: two experts tell A14B, the size in the name the 480P and 720P
+    forms. An unknown shape gets the defaults of the released model of its kind.
+    """
+    lowered = name.lower()
+    same = [s for s in MODELS.values() if s.dit == dit.spec and (s.boundary is not None) == has_low]
+    for spec in same:
+        if spec.title.lower() in lowered or spec.id in lowered:
+            return spec
+    if same:
+        return same[0]
+    return custom_spec(dit, has_low)
+
+
+def custom_spec(dit: Detected, has_low: bool) -> WanSpec:
+    """A model of its own shape: the task from its inputs, the defaults of the nearest release."""
+    d = dit.spec
+    if d.vace_layers:
+        like = MODELS["wan2.1-vace-1.3b"]
+    elif d.image_pos_tokens:
+        like = MODELS["wan2.1-flf2v-14b-720p"]
+    elif d.in_dim > d.out_dim:
+        like = MODELS["wan2.2-i2v-a14b" if d.image_dim is None else "wan2.1-i2v-14b-480p"]
+    elif d.out_dim == 48:
+        like = MODELS["wan2.2-ti2v-5b"]
+    else:
+        like = MODELS["wan2.2-t2v-a14b" if has_low else "wan2.1-t2v-1.3b"]
+    boundary = like.boundary if has_low else None
+    defaults: Defaults = like.defaults
+    return WanSpec("custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary)
+
+
+def open_parts(
+    parts: Parts,
+    name: str,
+    precision: Precision,
+    device: torch.device,
+    check: bool,
+    report: Report,
+) -> Components:
+    """Identify a model from headers alone and choose dtypes; reads no tensor."""
+    parts.require("dit")
+    dit = parts.found["dit"]
+    spec = identify(dit, parts.low_noise is not None, name)
+    if parts.vae is not None:
+        spec = replace(spec, vae=parts.found["vae"].spec)
+    dtypes = choose_dtypes(precision, dit.num_params, device)
+    keep = sum(d.num_bytes for d in parts.found.values()) <= _KEEP_SHARE * memory_bytes(device)
+    return Components(parts, spec, dtypes, device, check, keep, report)

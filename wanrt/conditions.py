@@ -1,0 +1,191 @@
+"""What conditions a request besides its prompt: pictures and videos in, tensors for every step out."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wanrt.components import Components
+from wanrt.config import GenerateConfig, WanSpec
+from wanrt.errors import UsageError
+from wanrt.media.image import is_image, load_image
+from wanrt.media.video import probe_video, read_video
+from wanrt.models.clip import preprocess
+from wanrt.request import Request, with_size
+from wanrt.tasks import i2v, vace
+from wanrt.tasks.sizes import Size, i2v_size, latent_shape, ti2v_size, vace_grid
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The user's pictures and videos as pixels in [-1, 1]."""
+
+    image: Tensor | None = None  # [3, H, W]
+    last_image: Tensor | None = None
+    source: vace.Source = field(default_factory=vace.Source)
+    refs: tuple[Tensor, ...] = ()
+
+
+class StepInputs(NamedTuple):
+    """What the transformer is given in one step beside latents and text."""
+
+    t: float | Tensor
+    extra: dict[str, Any]
+
+
+@dataclass
+class Conditions:
+    """Everything that stays the same from step to step."""
+
+    context: Tensor  # [1, 512, text_dim]
+    negative: Tensor | None
+    y: Tensor | None = None  # [1, 20, T, h, w]
+    image_context: Tensor | None = None  # CLIP tokens
+    vace_context: Tensor | None = None  # [1, 96, T, h, w]
+    context_scale: float = 1.0
+    num_refs: int = 0
+    first: Tensor | None = None  # TI2V: the clean first latent frame [1, 48, 1, h, w]
+    grid: tuple[int, int, int] = (0, 0, 0)
+
+    def prepare(self, dit: nn.Module) -> tuple[Any, Any]:
+        """Keys and values of the text for this transformer, once: with the prompt, without."""
+        cond = dit.prepare(self.context, self.image_context)
+        if self.negative is None:
+            return cond, None
+        return cond, dit.prepare(self.negative, self.image_context)
+
+    def step_inputs(self, t: float) -> StepInputs:
+        extra: dict[str, Any] = {}
+        if self.y is not None:
+            extra["y"] = self.y
+        if self.vace_context is not None:
+            extra |= {"vace_context": self.vace_context, "context_scale": self.context_scale}
+        if self.first is None:
+            return StepInputs(t, extra)
+        return StepInputs(i2v.token_times(t, self.grid).to(self.first.device), extra)
+
+    def impose(self, latents: Tensor) -> Tensor:
+        """Put back what is known: TI2V's first frame stays clean."""
+        return latents if self.first is None else i2v.hold_first_frame(latents.clone(), self.first)
+
+
+def prepare_inputs(config: GenerateConfig, request: Request, spec: WanSpec) -> tuple[Request, Inputs]:
+    """Read pictures and videos and settle the output size; costs no model work.
+
+    Raises FormatError for files that cannot be used.
+    """
+    image = None if config.image is None else load_image(config.image)
+    last = None if config.last_image is None else load_image(config.last_image)
+    if request.task in ("i2v", "flf2v"):
+        assert image is not None
+        area = request.width * request.height
+        arithmetic = ti2v_size if spec.vae.patch == 2 else i2v_size
+        size = arithmetic(image.shape[2], image.shape[1], area)
+        return with_size(request, size.width, size.height), Inputs(image, last)
+    if request.task != "vace":
+        return request, Inputs()
+    refs = tuple(load_image(ref) for ref in config.refs)
+    source = _vace_source(config, request, image, last)
+    if source.video is not None:
+        frames, height, width = source.video.shape[1:]
+        request = with_size(request, width, height, frames)
+    return request, Inputs(source=source, refs=refs)
+
+
+def _vace_source(
+    config: GenerateConfig, request: Request, image: Tensor | None, last: Tensor | None
+) -> vace.Source:
+    """Control video, masked edit, outpaint or extension, by what is given."""
+    size = Size(request.height, request.width)
+    if config.video is None:
+        if config.mask is not None or config.outpaint or config.extend:
+            raise UsageError("--mask, --outpaint and --extend edit a video; give it with --video")
+        if image is None and last is None:
+            return vace.Source()
+        pictures = (None if p is None else _cover(p, size) for p in (image, last))
+        return vace.extend(request.num_frames, *pictures)
+    if image is not None or last is not None:
+        raise UsageError("--image and --last-image extend by pictures; leave them out with --video")
+    if isinstance(config.video, vace.Source):
+        return config.video
+    if config.extend:
+        clip = read_video(config.video, size=size).frames
+        ends = (clip, None) if config.extend == "after" else (None, clip)
+        return vace.extend(request.num_frames, *ends)
+    area = request.width * request.height
+    if config.mask is not None and is_image(config.mask):
+        source = vace.read_source(config.video, None, area)
+        mask = _cover(load_image(config.mask), Size(*source.video.shape[2:]))
+        return vace.inpaint(source.video, (mask[:1] + 1) / 2)
+    source = vace.read_source(config.video, config.mask, area)
+    if not config.outpaint:
+        return source
+    wider = vace.outpaint(source.video, *_directions(config.outpaint))
+    frames, height, width = wider.video.shape[1:]
+    return vace.fit(wider, vace_grid(frames, width, height, area).size)
+
+
+def _cover(picture: Tensor, size: Size) -> Tensor:
+    return vace.fit(vace.Source(picture[:, None]), size).video[:, 0]
+
+
+def _directions(text: str) -> tuple[list[str], float]:
+    """`left,right:0.25` -> directions and how much of the side to add in each."""
+    names, _, ratio = text.partition(":")
+    try:
+        return names.split(","), float(ratio) if ratio else 0.25
+    except ValueError:
+        raise UsageError(f"outpaint {text!r}: write directions and a ratio, as left,right:0.25") from None
+
+
+def make_conditions(
+    request: Request,
+    inputs: Inputs,
+    context: Tensor,
+    negative: Tensor | None,
+    components: Components,
+) -> Conditions:
+    """Run the image encoder and the VAE over the inputs, then let them go."""
+    conditions = Conditions(context, negative, context_scale=request.context_scale)
+    spec, size = components.spec, Size(request.height, request.width)
+
+    def encode(video: Tensor) -> Tensor:
+        return components.vae().encode(video.to(components.device), chunk=1)
+
+    if spec.dit.image_dim is not None:
+        pictures = [inputs.image]
+        if inputs.last_image is not None:
+            pictures.append(i2v.match_last(inputs.image, inputs.last_image))
+        conditions.image_context = _clip_tokens(pictures, components)
+    if request.task == "flf2v":
+        conditions.y = i2v.flf2v_condition(
+            inputs.image, inputs.last_image, request.num_frames, size, encode
+        )
+    elif request.task == "i2v" and spec.vae.patch == 2:
+        conditions.first = i2v.ti2v_condition(inputs.image, size, encode)
+    elif request.task == "i2v":
+        conditions.y = i2v.i2v_condition(inputs.image, request.num_frames, size, encode)
+    elif request.task == "vace":
+        vace_condition = vace.vace_condition(
+            inputs.source, inputs.refs, request.num_frames, size, encode
+        )
+        conditions.vace_context, conditions.num_refs = vace_condition
+    shape = latent_shape(request.num_frames, size, spec.vae, conditions.num_refs)
+    conditions.grid = (shape.frames, shape.height // 2, shape.width // 2)
+    components.release("vae", "clip")
+    return conditions
+
+
+def _clip_tokens(pictures: list[Tensor | None], components: Components) -> Tensor:
+    """CLIP tokens of each picture, one after the other: `[1, 257 * n, D]`."""
+    clip = components.clip()
+    weight = clip.patch_embedding.weight
+    tokens = [clip(preprocess(p[None].to(weight.device)).to(weight.dtype)) for p in pictures]
+    return torch.cat(tokens, dim=1)
+
+
+def noise_shape(request: Request, spec: WanSpec, num_refs: int) -> tuple[int, ...]:
+    """`[1, C, T, h, w]` of the latents; each reference image adds a frame in front."""
+    size = Size(request.height, request.width)
+    return (1, *latent_shape(request.num_frames, size, spec.vae, num_refs))

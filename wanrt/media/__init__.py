@@ -1,0 +1,1 @@
+"""Pixels in and out of files: images, videos, and where results may be written."""

@@ -1,0 +1,48 @@
+"""Video: what a request returns; frames that know their rate, how they were made, and how to save."""
+
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wanrt.media.image import to_pil
+from wanrt.media.video import write_video
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames `np` uint8 `[F, H, W, 3]`, `fps`, the settings that made them, seconds per phase."""
+
+    np: np.ndarray
+    fps: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> np.ndarray:
+        return self.np
+
+    @property
+    def pt(self) -> Tensor:
+        """float `[F, 3, H, W]` in [0, 1]."""
+        return torch.from_numpy(self.np).permute(0, 3, 1, 2).float() / 255
+
+    @property
+    def pil(self) -> list[Any]:
+        """One PIL image per frame."""
+        return [to_pil(frame) for frame in self.np]
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        codec: str = "h264",
+        crf: int | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write an `.mp4`, or a `.png` of a single frame; the file appears only when complete."""
+        return write_video(path, [self.np], self.fps, codec=codec, crf=crf, overwrite=overwrite)

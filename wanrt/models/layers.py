@@ -1,0 +1,223 @@
+"""The layers that the models share, and the only place where models meet ops.
+
+Precision is decided here by two rules. A matrix product runs in the dtype of its weight, and
+whatever feeds it is rounded to that dtype once. Everything between the products (norms, modulation,
+rotary embedding, residual stream) is computed in fp32, whatever the weights are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanrt.kernels.torch_ops import (
+    attention,
+    gated_residual,
+    gelu,
+    layer_norm,
+    layer_norm_modulate,
+    rms_norm,
+    rms_norm_rope,
+)
+
+__all__ = [
+    "CrossAttention",
+    "CrossKV",
+    "FeedForward",
+    "Gelu",
+    "LayerNorm",
+    "Linear",
+    "PatchEmbedding",
+    "RMSNorm",
+    "RopeTables",
+    "SelfAttention",
+    "attention",
+    "gated_residual",
+    "inverse_frequencies",
+    "layer_norm_modulate",
+    "reusable",
+]
+
+
+def reusable(x: Tensor) -> Tensor | None:
+    """x itself as the place for a result, where no backward pass can ask for its old value."""
+    return None if torch.is_grad_enabled() else x
+
+
+class Linear(nn.Linear):
+    """A matrix product in its weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Non-overlapping patches to tokens: a convolution's weight, used as a matrix product."""
+
+    def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_dim, dim, patch_size, patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [B, C, T, h, w] -> [B, L, D], tokens in (time, row, column) order."""
+        b, c, *size = latents.shape
+        (pt, ph, pw), (t, h, w) = self.kernel_size, size
+        x = latents.view(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, L, C * pt * ph * pw]
+        return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with weight and bias, computed in fp32; `dtype` is that of the result (fp32)."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of an RMSNorm over the full width."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Gelu(nn.Module):
+    """GELU, by its tanh approximation unless `exact`; without autograd it overwrites its input."""
+
+    def __init__(self, exact: bool = False) -> None:
+        super().__init__()
+        self.approximate = "none" if exact else "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x, self.approximate, reusable(x))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear: the hidden activations stay in the weights' dtype."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
+        super().__init__(Linear(dim, hidden_dim), Gelu(), Linear(hidden_dim, out_dim or dim))
+
+
+class RopeTables:
+    """Rotary tables of the last few grids: computed in fp64, kept in fp32, one per grid and device.
+
+    A head of size hd is hd / 2 pairs; rows and columns get (hd / 2) // 3 of them each, time the
+    rest. Pair i of an axis with n pairs turns by position * 10000^(-i / n).
+    Source: Wan2.1 @9737cba `wan/modules/model.py` rope_params, rope_apply.
+    """
+
+    def __init__(self, head_dim: int, capacity: int = 4) -> None:
+        side = head_dim // 2 // 3
+        self.pairs = (head_dim // 2 - 2 * side, side, side)
+        self.capacity = capacity
+        self._tables: dict[tuple[tuple[int, int, int], torch.device], Tensor] = {}
+
+    def get(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """-> fp32 [L, hd / 2, 2]: (cos, sin) of each token and pair; `grid` counts tokens."""
+        key = (grid, device)
+        if key not in self._tables:
+            while len(self._tables) >= self.capacity:
+                del self._tables[next(iter(self._tables))]
+            with torch.inference_mode(False):  # the table may serve a backward pass later
+                self._tables[key] = self._build(grid).to(device)
+        return self._tables[key]
+
+    def _build(self, grid: tuple[int, int, int]) -> Tensor:
+        axes = []
+        for axis, (size, pairs) in enumerate(zip(grid, self.pairs, strict=True)):
+            angles = torch.outer(_positions(size), inverse_frequencies(pairs))
+            shape = [1, 1, 1, pairs]
+            shape[axis] = size
+            axes.append(angles.view(shape).expand(*grid, pairs))
+        angles = torch.cat(axes, -1).flatten(0, 2)  # [L, hd / 2]
+        return torch.stack((angles.cos(), angles.sin()), -1).float()
+
+
+def inverse_frequencies(pairs: int) -> Tensor:
+    """10000^(-i / pairs) for i = 0 .. pairs - 1, in fp64 on the CPU."""
+    return 10000.0 ** -(_positions(pairs) / pairs)
+
+
+def _positions(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device="cpu")
+
+
+class CrossKV(NamedTuple):
+    """What one cross-attention sees of the conditions, `[B, H, n, hd]` each."""
+
+    k: Tensor
+    v: Tensor
+    k_image: Tensor | None = None
+    v_image: Tensor | None = None
+
+
+class SelfAttention(nn.Module):
+    """Full attention over the video's tokens: RMSNorm and rotary embedding on q and k."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k = Linear(dim, dim), Linear(dim, dim)
+        self.v, self.o = Linear(dim, dim), Linear(dim, dim)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        """x [B, L, D], freqs [L, hd / 2, 2] -> [B, L, D]."""
+        q = rms_norm_rope(self.q(x), self.norm_q.weight, freqs, self.num_heads, self.eps)
+        k = rms_norm_rope(self.k(x), self.norm_k.weight, freqs, self.num_heads, self.eps)
+        v = _split_heads(self.v(x), self.num_heads)
+        return self.o(_join_heads(attention(q, k, v)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the video's tokens to the text's and, apart, to the image's; no rotation."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, image: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k = Linear(dim, dim), Linear(dim, dim)
+        self.v, self.o = Linear(dim, dim), Linear(dim, dim)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if image:
+            self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def prepare(self, context: Tensor, image: Tensor | None) -> CrossKV:
+        """Keys and values of text tokens [B, n, D] and image tokens [B, m, D]."""
+
+        def heads(z: Tensor) -> Tensor:
+            return _split_heads(z, self.num_heads)
+
+        kv = CrossKV(heads(self.norm_k(self.k(context))), heads(self.v(context)))
+        if image is None:
+            return kv
+        k_image = heads(self.norm_k_img(self.k_img(image)))
+        return kv._replace(k_image=k_image, v_image=heads(self.v_img(image)))
+
+    def forward(self, x: Tensor, kv: CrossKV, key_bias: Tensor | None = None) -> Tensor:
+        """x [B, L, D]; key_bias [B or 1, n] is added to the scores of the text -> [B, L, D]."""
+        q = _split_heads(self.norm_q(self.q(x)), self.num_heads)
+        bias = None if key_bias is None else key_bias[:, None, None]
+        y = self._attend(q, kv.k, kv.v, bias)
+        if kv.k_image is not None and kv.v_image is not None:
+            y = y + self._attend(q, kv.k_image, kv.v_image)
+        return self.o(_join_heads(y))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        batch = q.shape[0]  # one context may serve every sample
+        return attention(q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), bias)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, L, hd]
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # [B, L, D]

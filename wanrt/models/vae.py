@@ -1,0 +1,284 @@
+"""The Wan 2.1 and 2.2 video VAEs: causal in time, so that a clip may be cut into chunks anywhere."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanrt.config import VaeSpec
+from wanrt.models.vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    CausalState,
+    Resample,
+    ResidualBlock,
+    RmsNorm,
+    Walk,
+    number_slots,
+)
+
+# Latent statistics of the released VAEs: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
+_MEAN_16 = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_STD_16 = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+_MEAN_48 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+_STD_48 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+LATENT_STATISTICS = {16: (_MEAN_16, _STD_16), 48: (_MEAN_48, _STD_48)}
+
+
+def latent_statistics(z_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std of the latent channels, fp32 `[1, z, 1, 1, 1]`; 1/std is what the reference
+    keeps: it multiplies by it to encode and divides by it to decode."""
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in LATENT_STATISTICS[z_dim])
+    return mean, 1.0 / std
+
+
+def patchify(video: Tensor, p: int) -> Tensor:
+    """`[B, C, F, H, W]` -> `[B, C*p*p, F, H/p, W/p]`; inside C the row offset runs fastest."""
+    b, c, f, h, w = video.shape
+    x = video.view(b, c, f, h // p, p, w // p, p)  # rows then columns
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, f, h // p, w // p)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """The inverse of patchify."""
+    b, c, f, h, w = x.shape
+    x = x.view(b, c // (p * p), p, p, f, h, w)  # columns then rows
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (p * p), f, h * p, w * p)
+
+
+def average_down(x: Tensor, out_dim: int, ft: int, fs: int) -> Tensor:
+    """Space-time to channels, then the mean of neighbouring channels: the shortcut of a down stage.
+
+    x `[B, C, T, H, W]` -> `[B, out_dim, T/ft, H/fs, W/fs]`; an odd clip start gets a zero frame.
+    """
+    x = F.pad(x, (0, 0, 0, 0, (-x.shape[2]) % ft, 0))
+    b, c, t, h, w = x.shape
+    x = x.view(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, out_dim, -1, t // ft, h // fs, w // fs).mean(dim=2)
+
+
+def duplicate_up(x: Tensor, out_dim: int, ft: int, fs: int, first: bool) -> Tensor:
+    """Repeat channels, then channels to space-time: the shortcut of an up stage.
+
+    x `[B, C, T, H, W]` -> `[B, out_dim, T*ft, H*fs, W*fs]`, less `ft - 1` frames at a clip's start.
+    """
+    b, c, t, h, w = x.shape
+    x = x.repeat_interleave(out_dim * ft * fs * fs // c, dim=1)
+    x = x.view(b, out_dim, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(b, out_dim, t * ft, h * fs, w * fs)
+    return x[:, :, ft - 1 :] if first else x
+
+
+class DownStage(nn.Module):
+    """A residual stage of the Wan 2.2 encoder."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
+        super().__init__()
+        dims = [in_dim] + [out_dim] * num_res
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)]
+        self.downsamples = nn.ModuleList(layers + ([Resample(out_dim, out_dim, mode)] if mode else []))
+        self.out_dim = out_dim
+        self.factors = (2 if mode == "downsample3d" else 1, 2 if mode else 1)
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        y = x
+        for layer in self.downsamples:
+            y = layer(y, walk)
+        return y + average_down(x, self.out_dim, *self.factors)
+
+
+class UpStage(nn.Module):
+    """A residual stage of the Wan 2.2 decoder."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
+        super().__init__()
+        dims = [in_dim] + [out_dim] * num_res
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)]
+        self.upsamples = nn.ModuleList(layers + ([Resample(out_dim, out_dim, mode)] if mode else []))
+        self.out_dim = out_dim
+        self.factors = (2 if mode == "upsample3d" else 1, 2) if mode else None
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        y = x
+        for layer in self.upsamples:
+            y = layer(y, walk)
+        if self.factors is None:
+            return y
+        return y + duplicate_up(x, self.out_dim, *self.factors, first=walk.first)
+
+
+class Encoder(nn.Module):
+    """Pixels to latent moments."""
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        dims = [spec.base_dim * m for m in (1, *spec.dim_mult)]
+        self.conv1 = CausalConv3d(3 * spec.patch**2, dims[0], 3)
+        stages: list[nn.Module] = []
+        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
+            last = i == len(spec.dim_mult) - 1
+            mode = None if last else f"downsample{3 if spec.temporal_downsample[i] else 2}d"
+            if spec.residual:
+                stages.append(DownStage(in_dim, out_dim, spec.num_res_blocks, mode))
+                continue
+            widths = [in_dim] + [out_dim] * spec.num_res_blocks
+            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+            stages += [Resample(out_dim, out_dim, mode)] if mode else []
+        self.downsamples = nn.ModuleList(stages)
+        self.middle = _middle(dims[-1])
+        self.head = _head(dims[-1], spec.z_dim * 2)
+        self.num_slots = number_slots(self)
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        x = self.conv1(x, walk)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, walk)
+        return self.head[2](x, walk, gamma=self.head[0].gamma)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels."""
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        mult = (spec.dim_mult[-1], *reversed(spec.dim_mult))
+        dims = [spec.decoder_base_dim * m for m in mult]
+        self.conv1 = CausalConv3d(spec.z_dim, dims[0], 3)
+        self.middle = _middle(dims[0])
+        stages: list[nn.Module] = []
+        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
+            last = i == len(spec.dim_mult) - 1
+            mode = None if last else f"upsample{3 if spec.temporal_downsample[-1 - i] else 2}d"
+            if spec.residual:
+                stages.append(UpStage(in_dim, out_dim, spec.num_res_blocks + 1, mode))
+                continue
+            widths = [in_dim // 2 if i else in_dim] + [out_dim] * (spec.num_res_blocks + 1)
+            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+            stages += [Resample(out_dim, out_dim // 2, mode)] if mode else []
+        self.upsamples = nn.ModuleList(stages)
+        self.head = _head(dims[-1], 3 * spec.patch**2)
+        self.num_slots = number_slots(self)
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        x = self.conv1(x, walk)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, walk)
+        return self.head[2](x, walk, gamma=self.head[0].gamma)
+
+
+def _middle(dim: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
+
+
+def _head(dim: int, out_dim: int) -> nn.ModuleList:
+    return nn.ModuleList([RmsNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, out_dim, 3)])
+
+
+class WanVAE(nn.Module):
+    """Encoder, decoder and the statistics of the latents between them.
+
+    Pixels are `[B, 3, F, H, W]` in [-1, 1] with F = 4n+1; latents `[B, z, n+1, h, w]` normalised to
+    about zero mean and unit variance. Runs in the dtype of its weights (the reference: fp32).
+    Source: Wan2.1 @9737cba `wan/modules/vae.py`, Wan2.2 @42bf4cf `wan/modules/vae2_2.py`.
+    """
+
+    FP32_NAMES: tuple[str, ...] = ()
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.conv1 = CausalConv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
+        self.conv2 = CausalConv3d(spec.z_dim, spec.z_dim, 1)
+        self.decoder = Decoder(spec)
+
+    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
+        """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: whole clip).
+
+        Frames beyond the last 4n+1 are ignored, as the reference does.
+        """
+        stride = self.spec.temporal_stride
+        latent_frames = (video.shape[2] - 1) // stride + 1
+        state, start, parts = self.encoder_state(), 0, []
+        for stop in range(*_bounds(latent_frames, chunk)):
+            end = 1 + stride * (min(stop, latent_frames) - 1)
+            z, state = self.encode_chunk(video[:, :, start:end], state)
+            parts.append(z)
+            start = end
+        return torch.cat(parts, dim=2)
+
+    def encode_chunk(self, video: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
+        """One piece: 1 + 4k frames at the start of a clip, 4k frames later."""
+        walk = Walk(state)
+        x = video.to(self.conv1.weight.dtype)
+        x = patchify(x, self.spec.patch) if self.spec.patch > 1 else x
+        moments = self.conv1(self.encoder(channels_last(x), walk), walk)
+        mean, inv_std = latent_statistics(self.spec.z_dim, video.device)
+        return (moments.chunk(2, dim=1)[0].float() - mean) * inv_std, walk.finish()
+
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """Normalised latents -> pixels in [-1, 1], fp32 `[B, 3, 4(T-1)+1, H, W]`."""
+        return torch.cat([frames for frames, _ in self.decode_chunks(latents, chunk=chunk)], dim=2)
+
+    def decode_chunks(
+        self, latents: Tensor, state: CausalState | None = None, chunk: int | None = 1
+    ) -> Iterator[tuple[Tensor, CausalState]]:
+        """Yield `(frames, state)` for every `chunk` latent frames (None: all at once).
+
+        A yielded state may be kept; handed back with the latents that follow, decoding goes on as
+        if it had never stopped. Memory grows with the chunk, not with the clip.
+        """
+        state = state or self.decoder_state()
+        start = 0
+        for stop in range(*_bounds(latents.shape[2], chunk)):
+            frames, state = self.decode_chunk(latents[:, :, start:stop], state)
+            yield frames, state
+            start = stop
+
+    def decode_chunk(self, latents: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
+        """One piece of latents: `[B, z, T, h, w]` -> its frames and the state after them."""
+        walk = Walk(state)
+        mean, inv_std = latent_statistics(self.spec.z_dim, latents.device)
+        z = (latents.float() / inv_std + mean).to(self.conv2.weight.dtype)
+        x = self.decoder(channels_last(self.conv2(z, walk)), walk)
+        x = unpatchify(x, self.spec.patch) if self.spec.patch > 1 else x
+        return x.float().clamp(-1, 1), walk.finish()
+
+    def encoder_state(self) -> CausalState:
+        """Nothing encoded yet."""
+        return CausalState((None,) * self.encoder.num_slots)
+
+    def decoder_state(self) -> CausalState:
+        """Nothing decoded yet."""
+        return CausalState((None,) * self.decoder.num_slots)
+
+
+def _bounds(total: int, chunk: int | None) -> tuple[int, int, int]:
+    """Arguments of range() that give the end of every chunk; the last may exceed total."""
+    chunk = min(chunk or total, total)
+    return chunk, total + chunk, chunk
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,209 @@
+"""Train nano's VAE: single frames first, then short clips, then fold its latent statistics in.
+
+    python -m wanrt.nano.train_vae --work DIR --minutes 40      (resumes from DIR/vae.pt)
+    python -m wanrt.nano.train_vae --work DIR --export wanrt/nano/weights/vae.safetensors
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wanrt.config import NANO
+from wanrt.models.vae import LATENT_STATISTICS, WanVAE, channels_last
+from wanrt.models.vae_layers import Walk
+from wanrt.nano.scenes import render, sample
+
+SIZE, SPAN, CROP = 96, 33, 48
+LOG_VAR_START = -6.0  # little posterior noise at first, else the mean drowns in it
+KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 1e-3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a step sees during a share of the training time."""
+
+    until: float  # share of the whole training time
+    num_frames: int
+    crop: int
+    batch: int
+
+
+STAGES = (
+    Stage(0.35, 1, CROP, 16),
+    Stage(0.65, 5, CROP, 6),
+    Stage(0.90, 9, CROP, 4),
+    Stage(1.00, 9, SIZE, 1),
+)
+
+
+@dataclass
+class Progress:
+    """Where a run is; kept in the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+def clip_batch(stage: Stage, rng: np.random.Generator) -> Tensor:
+    """Training pixels `[B, 3, F, crop, crop]` in [-1, 1], each crop near the moving object."""
+    clips = []
+    for _ in range(stage.batch):
+        start = int(rng.integers(0, SPAN - stage.num_frames + 1))
+        scene = sample(rng).scene
+        clip = render(scene, stage.num_frames, SIZE, rng, span=SPAN, start=start)
+        top, left = _crop_corner(clip, stage.crop, rng)
+        clips.append(clip[:, top : top + stage.crop, left : left + stage.crop])
+    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return pixels.float() / 127.5 - 1
+
+
+def _crop_corner(clip: np.ndarray, crop: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A window that shows some of the object of the middle frame, all places being possible."""
+    frame = clip[len(clip) // 2]
+    rows, columns = np.nonzero((frame != frame[0, 0]).any(-1))
+    corner = []
+    for places in (rows, columns):
+        centre = int(places.mean()) + int(rng.integers(-crop // 2, crop // 2 + 1))
+        corner.append(int(np.clip(centre - crop // 2, 0, SIZE - crop)))
+    return corner[0], corner[1]
+
+
+def reconstruct(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels -> (reconstruction, mean, log-variance), with the posterior sampled."""
+    moments = vae.conv1(vae.encoder(channels_last(video), Walk(vae.encoder_state())), None)
+    mean, log_var = moments.float().chunk(2, dim=1)
+    log_var = log_var.clamp(-20, 10)
+    z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+    pixels = vae.decoder(channels_last(vae.conv2(z, None)), Walk(vae.decoder_state()))
+    return pixels.float(), mean, log_var
+
+
+def loss_of(vae: WanVAE, video: Tensor) -> tuple[Tensor, float]:
+    """L1 + squared error + KL; also the PSNR of the batch in dB (peak 2)."""
+    pixels, mean, log_var = reconstruct(vae, video)
+    kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
+    mse = F.mse_loss(pixels, video)
+    loss = F.l1_loss(pixels, video) + mse + KL_WEIGHT * kl
+    return loss, 10 * math.log10(4 / max(mse.item(), 1e-9))
+
+
+def train(work: Path, minutes: float, seed: int) -> None:
+    """Train until `minutes` of training time are spent in all, over any number of sittings."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    vae = WanVAE(NANO.vae)
+    nn.init.constant_(vae.conv1.bias.data[NANO.vae.z_dim :], LOG_VAR_START)
+    ema = copy.deepcopy(vae).requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    progress, checkpoint = Progress(), work / "vae.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+    rng = np.random.default_rng([seed, progress.step])
+    saved = time.monotonic()
+    while (share := progress.seconds / (60 * minutes)) < 1:
+        begin = time.monotonic()
+        stage = next(s for s in STAGES if share < s.until)
+        warm_up = min(1.0, (progress.step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warm_up * (0.02 + 0.98 * math.cos(math.pi / 2 * share) ** 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, psnr = loss_of(vae, clip_batch(stage, rng))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        decay = min(EMA_DECAY, (progress.step + 1) / (progress.step + 10))
+        for a, b in zip(ema.parameters(), vae.parameters(), strict=True):
+            a.lerp_(b.detach(), 1 - decay)
+        progress.step += 1
+        progress.seconds += time.monotonic() - begin
+        if progress.step % 50 == 0:
+            line = asdict(progress) | {"frames": stage.num_frames, "loss": loss.item(), "psnr": psnr}
+            with (work / "vae.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if time.monotonic() - saved > 120 or progress.seconds >= 60 * minutes:
+            saved = time.monotonic()
+            states = {"vae": vae, "ema": ema, "optimizer": optimizer}
+            payload = {name: part.state_dict() for name, part in states.items()}
+            torch.save(payload | {"progress": asdict(progress)}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+
+@torch.no_grad()
+def fold_statistics(vae: WanVAE, rng: np.random.Generator, num_clips: int = 64) -> None:
+    """Make Wan 2.1's latent constants hold: scale and shift inside `conv1` and `conv2`, in place.
+
+    Both are 1x1x1, so an affine map of every latent channel folds into them exactly.
+    """
+    means = []
+    for _ in range(num_clips):
+        clip = torch.from_numpy(render(sample(rng).scene, SPAN, SIZE, rng)).permute(3, 0, 1, 2)
+        video = channels_last(clip[None].float() / 127.5 - 1)
+        moments = vae.conv1(vae.encoder(video, Walk(vae.encoder_state())), None)
+        means.append(moments.chunk(2, dim=1)[0][0].flatten(1))  # [z, THW]
+    values = torch.cat(means, dim=1)
+    std, mean = torch.std_mean(values, dim=1)
+    wan_mean, wan_std = (torch.tensor(v) for v in LATENT_STATISTICS[NANO.vae.z_dim])
+    gain = wan_std / std  # ours -> Wan's: gain * (z - mean) + wan_mean
+    z = NANO.vae.z_dim
+    vae.conv1.weight[:z] *= gain.view(-1, 1, 1, 1, 1)
+    vae.conv1.bias[:z] = gain * (vae.conv1.bias[:z] - mean) + wan_mean
+    back = vae.conv2.weight / gain.view(1, -1, 1, 1, 1)  # Wan's -> ours, then conv2
+    shift = vae.conv2.weight.flatten(1) @ (mean - wan_mean / gain)
+    vae.conv2.weight.copy_(back)
+    vae.conv2.bias += shift
+
+
+@torch.no_grad()
+def held_out_psnr(vae: WanVAE, rng: np.random.Generator, num_clips: int = 16) -> list[float]:
+    """PSNR in dB of encode and decode over clips of held-out scenes."""
+    result = []
+    for _ in range(num_clips):
+        clip = torch.from_numpy(render(sample(rng, held_out=True).scene, SPAN, SIZE, rng))
+        video = clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        error = F.mse_loss(vae.decode(vae.encode(video)), video).item()
+        result.append(10 * math.log10(4 / error))
+    return result
+
+
+def export(work: Path, out: Path) -> None:
+    """Write the averaged weights, statistics folded in, as fp16 and print the held-out PSNR."""
+    vae = WanVAE(NANO.vae)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"])
+    fold_statistics(vae, np.random.default_rng(7))
+    vae.half().float()  # what is stored is what counts
+    psnr = held_out_psnr(vae, np.random.default_rng(8))
+    print(f"held-out PSNR: mean {np.mean(psnr):.2f} dB, worst {min(psnr):.2f} dB of {len(psnr)}")
+    tensors = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
+    save_file(tensors, out, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export", type=Path)
+    args = parser.parse_args()
+    if args.export:
+        export(args.work, args.export)
+    else:
+        train(args.work, args.minutes, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""From what the user asks to what will be done: every default filled in, every value checked."""
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from wanrt.config import FLF2V_NEGATIVE, GenerateConfig, Task, WanSpec
+from wanrt.errors import UsageError
+from wanrt.models.tokenizer import check_prompt
+from wanrt.tasks import limits
+
+_T = TypeVar("_T")
+
+_AREA_480P = 832 * 480
+_SHIFT_480P = 3.0  # Wan2.1 image to video at the 480p area
+
+# What each task needs of the inputs, and what else it takes.
+_NEEDS: dict[Task, tuple[str, ...]] = {
+    "t2v": (),
+    "t2i": (),
+    "i2v": ("image",),
+    "flf2v": ("image", "last_image"),
+    "vace": (),
+}
+_TAKES: dict[Task, tuple[str, ...]] = {
+    "t2v": (),
+    "t2i": (),
+    "i2v": ("image",),
+    "flf2v": ("image", "last_image"),
+    "vace": ("video", "mask", "refs", "image", "last_image"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request with nothing left open; `negative` and `guidance_low` as they will be used."""
+
+    task: Task
+    prompt: str
+    negative: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_steps: int
+    guidance: float
+    guidance_low: float | None
+    flow_shift: float
+    solver: str
+    distilled: bool
+    seed: int
+    noise: str
+    context_scale: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional branch runs. At guidance 1 it would change nothing."""
+        low = self.guidance if self.guidance_low is None else self.guidance_low
+        return self.guidance != 1.0 or low != 1.0
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts to encode: the prompt and, where guidance needs it, the negative one."""
+        return (self.prompt, self.negative) if self.guided else (self.prompt,)
+
+
+def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
+    """Check what is asked against the model and fill in the reference's defaults (spec 1.5).
+
+    Raises UsageError. For image tasks the size is still the area asked for: the picture's shape
+    is known later, see `with_size`.
+    """
+    check_prompt(config.prompt)
+    limits.check_seed(config.seed)
+    task = _task(config, spec)
+    d = spec.defaults
+    width, height = config.width or d.size[0], config.height or d.size[1]
+    num_frames = 1 if task == "t2i" else _or(config.num_frames, d.num_frames)
+    area_only = task in ("i2v", "flf2v")
+    limits.check_size(width, height, 1 if area_only else spec.vae.spatial_stride * 2)
+    limits.check_frames(num_frames)
+    shift = d.flow_shift
+    if spec.dit.image_dim and task == "i2v":  # one shape, two models: the area decides
+        shift = _SHIFT_480P if width * height <= _AREA_480P else 5.0
+    request = Request(
+        task=task,
+        prompt=config.prompt,
+        negative=_negative(config, spec, task),
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=_or(config.fps, d.fps),
+        num_steps=4 if config.distilled and config.num_steps is None else _or(config.num_steps, d.num_steps),
+        guidance=1.0 if config.distilled and config.guidance is None else _or(config.guidance, d.guidance),
+        guidance_low=_guidance_low(config, spec),
+        flow_shift=5.0 if config.distilled and config.flow_shift is None else _or(config.flow_shift, shift),
+        solver="euler" if config.distilled else config.solver,
+        distilled=config.distilled,
+        seed=secrets.randbelow(2**32) if config.seed == -1 else config.seed,
+        noise=config.noise,
+        context_scale=config.context_scale,
+    )
+    _check_ranges(request)
+    return request
+
+
+def with_size(request: Request, width: int, height: int, num_frames: int | None = None) -> Request:
+    """The request at the size (and length) that its picture or video dictates."""
+    return replace(request, width=width, height=height, num_frames=num_frames or request.num_frames)
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _task(config: GenerateConfig, spec: WanSpec) -> Task:
+    """The task that model and inputs make; a contradiction is an error."""
+    given = [n for n in ("image", "last_image", "video", "mask") if getattr(config, n) is not None]
+    given += ["refs"] if config.refs else []
+    task: Task = spec.task
+    if task == "t2v" and spec.vae.patch == 2 and "image" in given:
+        task = "i2v"  # TI2V-5B does both
+    if task == "t2v" and (config.num_frames == 1 or config.task == "t2i"):
+        task = "t2i"
+    if config.task not in ("auto", task) and not (config.task == "t2v" and task in ("t2i", "vace")):
+        raise UsageError(f"task {config.task!r} is not what {spec.title} does here, which is {task!r}")
+    for name in _NEEDS[task]:
+        if name not in given:
+            raise UsageError(f"{spec.title} makes {task} videos and needs {_flag(name)}")
+    for name in given:
+        if name not in _TAKES[task]:
+            raise UsageError(f"{spec.title} makes {task} videos and takes no {_flag(name)}")
+    return task
+
+
+def _flag(name: str) -> str:
+    return "--ref" if name == "refs" else "--" + name.replace("_", "-")
+
+
+def _negative(config: GenerateConfig, spec: WanSpec, task: Task) -> str:
+    """None is the model's default; "" stays empty (the reference cannot express it)."""
+    if config.negative is not None:
+        return config.negative
+    return FLF2V_NEGATIVE if task == "flf2v" else spec.defaults.negative
+
+
+def _guidance_low(config: GenerateConfig, spec: WanSpec) -> float | None:
+    """Only two-expert models have one; it follows a guidance given without it."""
+    if spec.boundary is None:
+        if config.guidance_low is not None:
+            raise UsageError(f"--guidance-low is for two-expert models; {spec.title} has one expert")
+        return None
+    if config.guidance_low is not None:
+        return config.guidance_low
+    if config.distilled:
+        return 1.0
+    return config.guidance if config.guidance is not None else spec.defaults.guidance_low
+
+
+def _check_ranges(request: Request) -> None:
+    limits.check_steps(request.num_steps)
+    for guidance in (request.guidance, request.guidance_low):
+        if guidance is not None:
+            limits.check_guidance(guidance)
+    limits.check_flow_shift(request.flow_shift)
+    limits.check_fps(request.fps)
+    limits.check_context_scale(request.context_scale)

@@ -1,0 +1,1 @@
+"""What a task needs before sampling: sizes, legal settings and conditioning tensors."""

@@ -1,0 +1,1 @@
+"""From a checkpoint in any container and any spelling to a filled module: `load.load_component`."""

@@ -1,0 +1,119 @@
+"""Between plain numbers and fp8 or int8 weights with the scales that lie beside them.
+
+`X.weight` times `X.scale_weight` (ComfyUI fp8_scaled) or `X.weight_scale` (newer ComfyUI,
+LightX2V), one number for the matrix or one per output row. Without a scale, fp8 stands for itself.
+Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/convert`.
+"""
+
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from wanrt.errors import FormatError
+from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.writer import Piece
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = ("scale_weight", "weight_scale")
+_READABLE = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fn_rowwise",
+    "int8_tensorwise",
+    "int8_rowwise",
+)
+_REMEDY = "use the fp16, bf16 or fp8_scaled file"
+_CHUNK = 2**22  # elements dequantised at a time: 16 MiB of fp32
+
+
+def read_plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`, dequantised where it is quantised.
+
+    The product with the scale is made in fp32. Peak: the stored tensor, the result and 16 MiB.
+    """
+    raw = checkpoint.read(name)
+    scale = _scale(checkpoint, name, raw)
+    if scale is None:
+        return raw.to(dtype)
+    if raw.dtype == torch.uint8:
+        raw = raw.view(torch.float8_e4m3fn)
+    plain = torch.empty(raw.shape, dtype=dtype)
+    step = max(1, _CHUNK * len(raw) // max(1, raw.numel()))
+    scale = scale.expand(len(raw), *[1] * (raw.dim() - 1))
+    for start in range(0, len(raw), step):
+        rows = slice(start, start + step)
+        plain[rows] = raw[rows].float() * scale[rows]
+    return plain
+
+
+def scale_name(checkpoint: Checkpoint, name: str) -> str | None:
+    """The stored scale of a weight, if it has one."""
+    stem = name.removesuffix(".weight")
+    return next((f"{stem}.{s}" for s in SCALES if f"{stem}.{s}" in checkpoint.tensors), None)
+
+
+def check_formats(checkpoint: Checkpoint) -> None:
+    """Refuse quantisations that a scale alone does not undo (nvfp4, blocks, rotated int8)."""
+    for name in checkpoint.tensors:
+        leaf = name.rpartition(".")[2]
+        if leaf in ("weight_scale_2", "pre_quant_scale"):
+            raise FormatError(
+                checkpoint.path, f"{name} belongs to a format wanrt does not read", _REMEDY
+            )
+        if leaf == "comfy_quant":
+            _check_layer(checkpoint, name, bytes(checkpoint.read(name).tolist()))
+    layers = checkpoint.metadata.get("_quantization_metadata")
+    if layers is not None:
+        _check_layer(checkpoint, "_quantization_metadata", layers.encode())
+
+
+def _check_layer(checkpoint: Checkpoint, name: str, text: bytes) -> None:
+    """text: {"format": ...} of one layer, or {"layers": {name: {"format": ...}}} of all."""
+    try:
+        content = json.loads(text)
+        layers = content.get("layers", {"": content}).values()
+        found = {(layer["format"], bool(layer.get("convrot"))) for layer in layers}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise FormatError(checkpoint.path, f"{name} does not tell its format") from None
+    for layer_format, rotated in found:
+        if layer_format not in _READABLE or rotated:
+            label = f"{layer_format}{' (rotated)' if rotated else ''}"
+            raise FormatError(
+                checkpoint.path, f"is quantised as {label}, unknown to wanrt", _REMEDY
+            )
+
+
+def _scale(checkpoint: Checkpoint, name: str, raw: Tensor) -> Tensor | None:
+    """fp32 `[1, 1, ...]` or `[out, 1, ...]`; None where the weight stands for itself."""
+    stored = scale_name(checkpoint, name)
+    if stored is None:
+        if raw.dtype in (torch.int8, torch.uint8):
+            raise FormatError(checkpoint.path, f"{name} is {raw.dtype} and has no scale", _REMEDY)
+        return None
+    scale = checkpoint.read(stored)
+    if scale.numel() not in (1, len(raw)) or not scale.is_floating_point():
+        reason = f"{stored} is {list(scale.shape)} for a weight {list(raw.shape)}"
+        raise FormatError(checkpoint.path, reason, _REMEDY)
+    return scale.float().reshape(-1, *[1] * (raw.dim() - 1))
+
+
+def quantise(piece: Piece, *, scaled: bool) -> Iterator[Piece]:
+    """A matrix to be written as fp8: cast, or divided by amax / 448 with that scale beside it.
+
+    The inverse of `read_plain`. The scale is known once the weight is made, so it comes second.
+    """
+    scales: list[Tensor] = []
+
+    def make_weight() -> Tensor:
+        values = piece.make().float()
+        if not scaled:
+            return values.to(FP8[0])
+        scales.append(values.abs().amax().clamp(min=1e-12) / torch.finfo(FP8[0]).max)
+        return (values / scales[-1]).to(FP8[0])
+
+    yield piece._replace(dtype=FP8[0], make=make_weight)
+    if scaled:
+        name = piece.name.removesuffix(".weight") + ".scale_weight"
+        yield Piece(name, torch.float32, (), lambda: scales.pop())
