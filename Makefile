@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-dev             ## the VAE's decoder beside that of di
 	$(BIN)/wanrt bench vae --device cpu --peer diffusers
 
 wheel: $(VENV)/.installed                 ## dist/wanrt-*.whl
+	rm -rf build
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:           ## what the targets above made, but .venv

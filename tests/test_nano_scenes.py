@@ -1,5 +1,6 @@
 """nano's language, its rendered clips, and the scorer that reads clips back."""
 
+import hashlib
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -57,14 +58,15 @@ def clip(scene: Scene, seed: int, **settings: int) -> np.ndarray:
 
 def degrade(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Blur (sigma 1 pixel), noise (sigma 8 of 255) and a colour shift of up to 10."""
-    kernel = np.exp(-(np.arange(-3, 4) ** 2) / 2)
+    kernel = np.exp(-(np.arange(-3, 4, dtype=np.float32) ** 2) / 2)
     kernel /= kernel.sum()
     soft = np.pad(frames.astype(np.float32), ((0, 0), (3, 3), (3, 3), (0, 0)), "edge")
     side = frames.shape[1]
     soft = sum(k * soft[:, i : i + side] for i, k in enumerate(kernel))
     soft = sum(k * soft[:, :, i : i + side] for i, k in enumerate(kernel))
-    rough = soft + rng.normal(0, 8, soft.shape) + rng.uniform(-10, 10, 3)
-    return np.clip(rough + 0.5, 0, 255).astype(np.uint8)
+    soft += 8 * rng.standard_normal(soft.shape, np.float32)
+    soft += rng.uniform(-10, 10, 3).astype(np.float32)
+    return np.clip(soft + 0.5, 0, 255).astype(np.uint8)
 
 
 def downscale(frames: np.ndarray, by: int) -> np.ndarray:
@@ -99,9 +101,11 @@ def test_parse_reads_every_caption_back(kept: int) -> None:
 def test_held_out_split_is_the_published_one() -> None:
     """Changing it would let trained weights be tested on what they have seen."""
     assert len(ALL) == len(set(ALL)) == 1920
-    assert sum(map(language.held_out, ALL)) == 528
-    assert language.held_out(Scene("orange", "star", "moving in a circle", "large", "navy"))
-    assert not language.held_out(STAR)
+    prompts = [scene.caption() for scene in ALL if language.held_out(scene)]
+    assert (
+        len(prompts) == 528 and prompts[0] == "a small red circle moving left on a black background"
+    )
+    assert hashlib.sha256("\n".join(prompts).encode()).hexdigest().startswith("bafec672509caffb")
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -138,7 +142,7 @@ def test_samples_keep_to_their_side_of_the_split(held_out: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_object_stays_inside_and_its_colors_are_exact(shape: str) -> None:
     for seed, scene in enumerate(s for s in ALL[::5] if s.shape == shape):
-        frames = clip(scene, seed, num_frames=9, size=48)
+        frames = clip(scene, seed, num_frames=9)
         paint, ground = COLORS[scene.color], BACKGROUNDS[scene.background]
         border = (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1])
         assert all((edge == ground).all() for edge in border), scene
@@ -174,17 +178,17 @@ def test_a_crop_in_time_is_a_part_of_the_clip(motion: str) -> None:
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_resolution_does_not_change_the_scene(motion: str) -> None:
-    scene = Scene("white", "star", motion, "large", "black")
+    scene = Scene("white", "circle", motion, "large", "black")
     error = clip(scene, 8, size=48) - downscale(clip(scene, 8, size=96), 2)
-    assert np.abs(error).max() < 64 and np.abs(error).mean() < 0.5
+    assert np.abs(error).max() < 32 and np.abs(error).mean() < 0.3
 
 
-@pytest.mark.parametrize("size, degraded, least", [(96, False, 0.99), (96, True, 0.98)])
-def test_scorer_reads_clips_back(size: int, degraded: bool, least: float) -> None:
+@pytest.mark.parametrize("degraded, least", [(False, 0.99), (True, 0.98)])
+def test_scorer_reads_clips_back(degraded: bool, least: float) -> None:
     rng = np.random.default_rng(11)
     right = 0
     for i in rng.permutation(len(ALL))[:200]:
-        frames = scenes.render(ALL[i], size=size, rng=rng)
+        frames = scenes.render(ALL[i], rng=rng)
         right += agreement(ALL[i], score(degrade(frames, rng) if degraded else frames)).all
     assert right >= least * 200
 

@@ -41,7 +41,7 @@ def freqs(tokens: int, pairs: int) -> Tensor:
 
 
 def lengths_bias(*counts: int) -> Tensor:
-    """Key bias of 9 rows: row 4 + b of sample b counts `counts[b]` times, those behind it not at all."""
+    """Key bias of 9 rows: row 4 + b of sample b counts `counts[b]` times, those behind it never."""
     bias = torch.zeros(len(counts), 1, 1, 9)
     for b, count in enumerate(counts):
         bias[b, ..., 4 + b] = torch.log(torch.tensor(float(count)))

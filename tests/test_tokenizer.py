@@ -105,12 +105,11 @@ def test_umt5_vocabulary_fits_the_embedding(umt5: Tokenizer) -> None:
 
 def test_truncation_keeps_the_end_token_and_is_reported(nano: Tokenizer) -> None:
     full = nano(["red " * 20]).ids[0].tolist()
-    ids, mask, truncated = nano(["blue", "red " * 20, "red " * 7], max_length=8)
+    ids, mask, truncated = nano(["blue", "red " * 20, "red " * 7, "red " * 8], max_length=8)
     assert len(full) == 21
-    assert ids[1].tolist() == full[:7] + [1]
-    assert ids[2].tolist() == full[:7] + [1]
-    assert mask.sum(dim=1).tolist() == [2, 8, 8]
-    assert truncated == ((1, 21),)
+    assert ids[1:].tolist() == [full[:7] + [1]] * 3
+    assert mask.sum(dim=1).tolist() == [2, 8, 8, 8]
+    assert truncated == ((1, 21), (3, 9))
 
 
 def test_empty_batch(nano: Tokenizer) -> None:
@@ -262,6 +261,14 @@ def piece(text: bytes, score: bytes = bytes(4), kind: int = 1) -> bytes:
     return b"\x0a" + varint(len(body)) + body
 
 
+def charsmap(root: int, unit: int = 0, strings: bytes = b"\0") -> bytes:
+    """A character map whose trie is one block: its root, a second unit, and zeros."""
+    trie = struct.pack("<256I", root, unit, *[0] * 254)
+    rules = struct.pack("<I", len(trie)) + trie + strings
+    body = b"\x12" + varint(len(rules)) + rules
+    return b"\x1a" + varint(len(body)) + body
+
+
 PIECES = piece(b"<pad>", kind=3) + piece(b"</s>", kind=3) + piece(b"<s>", kind=3)
 UNKNOWN = piece(b"<unk>", kind=2)
 BAD_SPIECE = {
@@ -277,7 +284,15 @@ BAD_SPIECE = {
     "empty-piece": (PIECES + UNKNOWN + piece(b""), "piece ''"),
     "same-twice": (PIECES + UNKNOWN + piece(b"a") + piece(b"a"), "the same piece twice"),
     "bpe": (PIECES + UNKNOWN + b"\x12\x02\x18\x02", "model type is 2"),
-    "charsmap": (PIECES + UNKNOWN + b"\x1a\x06\x12\x04\xff\xff\xff\xff", "character map"),
+    "map-size": (PIECES + UNKNOWN + b"\x1a\x06\x12\x04\xff\xff\xff\xff", "map of 4 bytes"),
+    "map-root": (PIECES + UNKNOWN + charsmap(0xFFFFFFFF), "outside itself"),
+    "map-unit": (PIECES + UNKNOWN + charsmap(0, 256 << 10), "outside itself"),
+    "map-value": (PIECES + UNKNOWN + charsmap(1 << 8 | 1 << 10, 5), "outside its strings"),
+    "map-middle": (
+        PIECES + UNKNOWN + charsmap(1 << 8 | 1 << 10, 1, "é\0".encode()),
+        "outside its strings",
+    ),
+    "map-utf8": (PIECES + UNKNOWN + charsmap(0, strings=b"\xff\0"), "utf-8"),
     "other-ids": (UNKNOWN + PIECES, "`</s>` has id 2, not 1"),
 }
 
@@ -302,9 +317,11 @@ def test_umt5_pieces_as_spiece_give_the_same_ids() -> None:
     assert torch.equal(ours(PROMPTS).ids, theirs(PROMPTS).ids)
 
 
-def test_smallest_spiece_is_good() -> None:
-    """The pieces that the cases above damage do make a tokenizer when left alone."""
-    tokenizer = Tokenizer.from_spiece(PIECES + UNKNOWN + piece("▁a".encode(), b"\x00\x00\x80\xbf"))
+@pytest.mark.parametrize("rules", [b"", charsmap(0)], ids=["no-map", "empty-map"])
+def test_smallest_spiece_is_good(rules: bytes) -> None:
+    """What the cases above damage does make a tokenizer when left alone."""
+    a = piece("▁a".encode(), b"\x00\x00\x80\xbf")
+    tokenizer = Tokenizer.from_spiece(PIECES + UNKNOWN + a + rules)
     assert tokenizer(["a b a"]).ids.tolist() == [[4, 3, 4, 1]]
 
 

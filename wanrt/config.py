@@ -153,7 +153,7 @@ NANO = WanSpec(
     dit=DitSpec(dim=256, ffn_dim=1024, num_heads=2, num_layers=6, text_dim=128),
     vae=VaeSpec(base_dim=16, decoder_base_dim=16),
     umt5=Umt5Spec(
-        vocab_size=512, dim=128, attn_dim=128, ffn_dim=256, num_heads=4, num_layers=2
+        vocab_size=130, dim=128, attn_dim=128, ffn_dim=256, num_heads=4, num_layers=2
     ),
     defaults=Defaults(
         size=(96, 96), num_frames=33, num_steps=20, flow_shift=3.0, guidance=3.0, negative=""

@@ -54,7 +54,8 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     slope = np.abs(x) * np.float32(3**0.5 / 2) - y * np.float32(0.5)
-    return np.maximum(y, slope) - np.float32(TRIANGLE / 2)
+    edges = np.maximum(y, slope) - np.float32(TRIANGLE / 2)
+    return np.maximum(edges, np.hypot(x, y) - np.float32(TRIANGLE))
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -67,7 +68,8 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     notch = STAR * STAR_NOTCH
     edge_x, edge_y = notch * np.sin(np.pi / 5), notch * np.cos(np.pi / 5) - STAR
     length = np.hypot(edge_x, edge_y)
-    return fold_x * np.float32(-edge_y / length) + (fold_y - STAR) * np.float32(edge_x / length)
+    edge = fold_x * np.float32(-edge_y / length) + (fold_y - STAR) * np.float32(edge_x / length)
+    return np.maximum(edge, radius - np.float32(STAR))
 
 
 def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -75,7 +77,8 @@ def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.abs(np.hypot(x, y) - middle) - half
 
 
-# Signed distances of shapes of radius 1 (negative inside; x to the right, y down).
+# Signed distances of shapes of radius 1 (negative inside; x to the right, y down). Where edges
+# meet in a point, the enclosing circle keeps the smoothed edge from running past it.
 DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
     "square": _square,

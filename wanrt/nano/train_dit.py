@@ -135,21 +135,32 @@ def flow_loss(
     return F.mse_loss(velocity, noise - x0)
 
 
+def make_optimizers(model: Nano, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    named = list(model.named_parameters())
+    inner = [p for n, p in named if ".blocks." in n and p.ndim == 2 and "pos_embedding" not in n]
+    chosen = set(map(id, inner))
+    rest = [p for _, p in named if id(p) not in chosen]
+    return [
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
 def train(work: Path, size: int, minutes: float, batch: int, peak_rate: float, seed: int) -> None:
     """Train for `minutes` more, starting from the checkpoint if there is one."""
     torch.manual_seed(seed)
     model = Nano()
     model.initialise()
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizers = make_optimizers(model, peak_rate)
     progress, checkpoint = Progress(), work / "dit.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         progress = Progress(**state["progress"])
     tokenizer = Tokenizer.from_file(WEIGHTS / "tokenizer.json")
     rng = np.random.default_rng([seed, progress.step])
@@ -159,17 +170,19 @@ def train(work: Path, size: int, minutes: float, batch: int, peak_rate: float, s
     while (spent := time.monotonic() - begin) < 60 * minutes:
         share = spent / (60 * minutes)
         warm_up = min(1.0, (progress.step - first_step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = peak_rate * warm_up * (0.05 + 0.95 * math.cos(math.pi / 2 * share) ** 2)
+        rate = peak_rate * warm_up * (0.05 + 0.95 * math.cos(math.pi / 2 * share) ** 2)
         picks = rng.integers(0, len(data.scenes), batch)
         captions = [loose_caption(data.scenes[i], rng) for i in picks]
         captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_loss(model, tokenizer, data.values[picks].float(), captions)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         decay = min(EMA_DECAY, (progress.step + 1) / (progress.step + 10))
         with torch.no_grad():
             for a, b in zip(ema.parameters(), model.parameters(), strict=True):
@@ -186,23 +199,27 @@ def train(work: Path, size: int, minutes: float, batch: int, peak_rate: float, s
         if now - read > 180:
             data, read = load_latents(work, size), now
         if now - saved > 180:
-            _save(checkpoint, model, ema, optimizer, progress, spent)
+            _save(checkpoint, model, ema, optimizers, progress, spent)
             saved = now
-    _save(checkpoint, model, ema, optimizer, progress, time.monotonic() - begin)
+    _save(checkpoint, model, ema, optimizers, progress, time.monotonic() - begin)
 
 
 def _save(
     path: Path,
     model: Nano,
     ema: Nano,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     progress: Progress,
     spent: float,
 ) -> None:
     done = Progress(progress.step, progress.samples, progress.seconds + spent)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    payload = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(payload | {"progress": asdict(done)}, path.with_suffix(".tmp"))
+    payload = {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "progress": asdict(done),
+    }
+    torch.save(payload, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 

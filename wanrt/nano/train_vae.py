@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from wanrt.config import NANO
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE, channels_last
-from wanrt.models.vae_layers import Walk
+from wanrt.models.vae_layers import CausalConv3d, Resample, Walk
 from wanrt.nano.scenes import render, sample
 
 SIZE, SPAN, CROP = 96, 33, 48
-LOG_VAR_START = -6.0  # little posterior noise at first, else the mean drowns in it
+LOG_VAR_START = -6.0
 KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 1e-3
 
 
@@ -52,6 +52,12 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+
+
+def render_batch(count: int, rng: np.random.Generator, held_out: bool = False) -> Tensor:
+    """Whole clips as pixels `[count, 3, 33, 96, 96]` in [-1, 1]."""
+    clips = [render(sample(rng, held_out).scene, SPAN, SIZE, rng) for _ in range(count)]
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def clip_batch(stage: Stage, rng: np.random.Generator) -> Tensor:
@@ -97,12 +103,30 @@ def loss_of(vae: WanVAE, video: Tensor) -> tuple[Tensor, float]:
     return loss, 10 * math.log10(4 / max(mse.item(), 1e-9))
 
 
+@torch.no_grad()
+def initialise(vae: WanVAE) -> None:
+    """Start as a per-frame autoencoder that drops and repeats frames.
+
+    What looks into the past starts at zero and learns when clips come; halving takes every second
+    frame, doubling shows each one twice. Little posterior noise, else the mean drowns in it.
+    """
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d):
+            module.weight[:, :, :-1] = 0
+        if isinstance(module, Resample) and hasattr(module, "time_conv"):
+            weight = module.time_conv.weight  # [C or 2C, C, 3, 1, 1]
+            copies = weight.shape[0] // weight.shape[1]
+            weight[:, :, -1, 0, 0] = torch.eye(weight.shape[1]).repeat(copies, 1)
+            nn.init.zeros_(module.time_conv.bias)
+    vae.conv1.bias[NANO.vae.z_dim :] = LOG_VAR_START
+
+
 def train(work: Path, minutes: float, seed: int) -> None:
     """Train until `minutes` of training time are spent in all, over any number of sittings."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     vae = WanVAE(NANO.vae)
-    nn.init.constant_(vae.conv1.bias.data[NANO.vae.z_dim :], LOG_VAR_START)
+    initialise(vae)
     ema = copy.deepcopy(vae).requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     progress, checkpoint = Progress(), work / "vae.pt"
@@ -151,8 +175,7 @@ def fold_statistics(vae: WanVAE, rng: np.random.Generator, num_clips: int = 64) 
     """
     means = []
     for _ in range(num_clips):
-        clip = torch.from_numpy(render(sample(rng).scene, SPAN, SIZE, rng)).permute(3, 0, 1, 2)
-        video = channels_last(clip[None].float() / 127.5 - 1)
+        video = channels_last(render_batch(1, rng))
         moments = vae.conv1(vae.encoder(video, Walk(vae.encoder_state())), None)
         means.append(moments.chunk(2, dim=1)[0][0].flatten(1))  # [z, THW]
     values = torch.cat(means, dim=1)
@@ -173,8 +196,7 @@ def held_out_psnr(vae: WanVAE, rng: np.random.Generator, num_clips: int = 16) ->
     """PSNR in dB of encode and decode over clips of held-out scenes."""
     result = []
     for _ in range(num_clips):
-        clip = torch.from_numpy(render(sample(rng, held_out=True).scene, SPAN, SIZE, rng))
-        video = clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        video = render_batch(1, rng, held_out=True)
         error = F.mse_loss(vae.decode(vae.encode(video)), video).item()
         result.append(10 * math.log10(4 / error))
     return result

@@ -63,8 +63,9 @@ def write_model(
 ) -> None:
     """Write the components that the model has. Peak: one tensor.
 
-    precision: one for all parts; None is what was released in this layout. fp8 means, as in ComfyUI's
-    files, the matrices of transformer and text encoder; the rest is fp16. Raises OutputError.
+    precision: one for all parts; None is what was released in this layout. fp8 means, as in
+    ComfyUI's files, the matrices of transformer and text encoder; the rest is fp16.
+    Raises OutputError.
     """
     files = [f for f in _FILES[layout](model, out, precision) if f.kind in components]
     planned = [(f, list(_pieces(f, layout, values, precision))) for f in files]

@@ -25,26 +25,31 @@ _READABLE = (
     "int8_rowwise",
 )
 _REMEDY = "use the fp16, bf16 or fp8_scaled file"
-_CHUNK = 2**22  # elements dequantised at a time: 16 MiB of fp32
+_CHUNK = 2**20  # elements dequantised at a time: 4 MiB of fp32
 
 
 def read_plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype`, dequantised where it is quantised.
 
-    The product with the scale is made in fp32. Peak: the stored tensor, the result and 16 MiB.
+    The product with the scale is made in fp32. Peak: the stored tensor, the result and 4 MiB.
     """
+    info = checkpoint.tensors[name]
+    scale = _scale(checkpoint, name)
+    if scale is None and info.dtype == dtype:
+        return checkpoint.read(name)
+    plain = torch.empty(
+        info.shape, dtype=dtype
+    )  # first: what is freed then lies above it in the heap
     raw = checkpoint.read(name)
-    scale = _scale(checkpoint, name, raw)
     if scale is None:
-        return raw.to(dtype)
+        return plain.copy_(raw)
     if raw.dtype == torch.uint8:
         raw = raw.view(torch.float8_e4m3fn)
-    plain = torch.empty(raw.shape, dtype=dtype)
     step = max(1, _CHUNK * len(raw) // max(1, raw.numel()))
     scale = scale.expand(len(raw), *[1] * (raw.dim() - 1))
     for start in range(0, len(raw), step):
         rows = slice(start, start + step)
-        plain[rows] = raw[rows].float() * scale[rows]
+        plain[rows] = raw[rows].float().mul_(scale[rows])
     return plain
 
 
@@ -85,18 +90,18 @@ def _check_layer(checkpoint: Checkpoint, name: str, text: bytes) -> None:
             )
 
 
-def _scale(checkpoint: Checkpoint, name: str, raw: Tensor) -> Tensor | None:
+def _scale(checkpoint: Checkpoint, name: str) -> Tensor | None:
     """fp32 `[1, 1, ...]` or `[out, 1, ...]`; None where the weight stands for itself."""
-    stored = scale_name(checkpoint, name)
+    info, stored = checkpoint.tensors[name], scale_name(checkpoint, name)
     if stored is None:
-        if raw.dtype in (torch.int8, torch.uint8):
-            raise FormatError(checkpoint.path, f"{name} is {raw.dtype} and has no scale", _REMEDY)
+        if not info.dtype.is_floating_point:
+            raise FormatError(checkpoint.path, f"{name} is {info.dtype} and has no scale", _REMEDY)
         return None
-    scale = checkpoint.read(stored)
-    if scale.numel() not in (1, len(raw)) or not scale.is_floating_point():
-        reason = f"{stored} is {list(scale.shape)} for a weight {list(raw.shape)}"
+    scale = checkpoint.tensors[stored]
+    if scale.numel not in (1, *info.shape[:1]) or not scale.dtype.is_floating_point:
+        reason = f"{stored} is {list(scale.shape)} for a weight {list(info.shape)}"
         raise FormatError(checkpoint.path, reason, _REMEDY)
-    return scale.float().reshape(-1, *[1] * (raw.dim() - 1))
+    return checkpoint.read(stored).float().reshape(-1, *[1] * (len(info.shape) - 1))
 
 
 def quantise(piece: Piece, *, scaled: bool) -> Iterator[Piece]:
