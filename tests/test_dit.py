@@ -160,7 +160,7 @@ def test_equals_diffusers(variant: str, scale: float) -> None:
 
 
 def test_what_is_left_is_the_sinusoid() -> None:
-    """The reference computes the angles of t in fp64, diffusers in fp32; ours follows the reference."""
+    """The reference has the angles of t in fp64, diffusers in fp32; ours follows the reference."""
     dit, given = build(SMALL), inputs(SMALL)
     twin, ours = diffusers_twin(dit), given.call(dit)
     assert error(ours, run_twin(twin, given)) > 1.5e-6

@@ -140,6 +140,30 @@ def test_only_the_frames_asked_for_in_their_order(tmp_path: Path) -> None:
     assert torch.allclose(read_video(path).frames[:, [0, 3, 3, 8, 24]], frames)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "times"),
+    [
+        ("a.avi", "libx264", [0, 1, 2, 3, 4, 5]),  # keeps no presentation times
+        ("a.mkv", "libx264", [0, 67, 133, 200, 267, 333]),  # milliseconds
+        ("a.ts", "libx264", [0, 6000, 12000, 18000, 24000, 30000]),  # starts late
+        ("a.gif", "gif", [0, 7, 13, 20, 27, 33]),
+    ],
+)
+def test_other_containers(name: str, codec: str, times: list[int], tmp_path: Path) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=15)
+        stream.width, stream.height = 96, 64
+        stream.pix_fmt = "gray" if codec == "gif" else "yuv420p"
+        for frame in grays(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    info = probe_video(tmp_path / name)
+    assert info.num_frames == 5 and info.fps == pytest.approx(15, rel=0.15)
+    assert np.abs(np.subtract(info.times[:5], times[:5])).max() <= 1
+    shades = (read_video(tmp_path / name).frames.mean((0, 2, 3)) + 1) * 127.5
+    assert torch.allclose(shades, torch.arange(5) * 10.0, atol=2)
+
+
 def test_frames_are_scaled_and_cropped_as_they_are_read(tmp_path: Path) -> None:
     """Against PIL, whose bicubic filter is the same (8-bit, antialiased)."""
     path = write_video(tmp_path / "a.mp4", [noisy(2, 96)], 16)

@@ -183,14 +183,14 @@ def test_resolution_does_not_change_the_scene(motion: str) -> None:
     assert np.abs(error).max() < 32 and np.abs(error).mean() < 0.3
 
 
-@pytest.mark.parametrize("degraded, least", [(False, 0.99), (True, 0.98)])
-def test_scorer_reads_clips_back(degraded: bool, least: float) -> None:
+@pytest.mark.parametrize("degraded, count, least", [(False, 200, 0.99), (True, 100, 0.98)])
+def test_scorer_reads_clips_back(degraded: bool, count: int, least: float) -> None:
     rng = np.random.default_rng(11)
     right = 0
-    for i in rng.permutation(len(ALL))[:200]:
+    for i in rng.permutation(len(ALL))[:count]:
         frames = scenes.render(ALL[i], rng=rng)
         right += agreement(ALL[i], score(degrade(frames, rng) if degraded else frames)).all
-    assert right >= least * 200
+    assert right >= least * count
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -209,6 +209,10 @@ def test_attributes_not_given_are_not_judged() -> None:
     assert found == (True, False, None, None, None) and not found.all
     assert agreement(Scene(), Reading()).all
     assert not agreement(Scene(background="navy"), reading).all
+
+
+def _empty() -> np.ndarray:
+    return np.full((33, 96, 96, 3), 8, np.uint8)
 
 
 def _noise() -> np.ndarray:
@@ -246,24 +250,20 @@ def _hanging() -> np.ndarray:
 
 
 ODD_CLIPS = {
-    "empty": (np.full((33, 96, 96, 3), 8, np.uint8), Reading(background="black")),
-    "noise": (_noise(), Reading(None, None, None, None, None)),
-    "still": (_still(), Reading("orange", "star", "large", None, "navy")),
-    "two objects": (_two_objects(), Reading("orange", None, None, None, "navy")),
-    "vanishing": (_vanishing(), Reading("orange", None, None, None, "navy")),
-    "diagonal": (_diagonal(), Reading("orange", "star", "small", None, "navy")),
-    "hanging": (_hanging(), Reading("orange", "square", "small", None, "navy")),
+    "empty": (_empty, Reading(background="black")),
+    "noise": (_noise, Reading(background="gray")),
+    "still": (_still, Reading("orange", "star", "large", None, "navy")),
+    "two objects": (_two_objects, Reading("orange", None, None, None, "navy")),
+    "vanishing": (_vanishing, Reading("orange", None, None, None, "navy")),
+    "diagonal": (_diagonal, Reading("orange", "star", "small", None, "navy")),
+    "hanging": (_hanging, Reading("orange", "square", "small", None, "navy")),
 }
 
 
 @pytest.mark.parametrize("name", ODD_CLIPS)
 def test_what_is_not_in_the_language_is_not_read(name: str) -> None:
-    frames, expected = ODD_CLIPS[name]
-    reading = score(frames)
-    if name == "noise":
-        assert (reading.shape, reading.size, reading.motion) == (None, None, None)
-    else:
-        assert reading == expected
+    make, expected = ODD_CLIPS[name]
+    assert score(make()) == expected
 
 
 def test_contact_sheet_shows_first_and_last_frames_in_place(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The torch ops against the reference ops: values, bf16 rounding, gradients, awkward layouts."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -190,6 +191,13 @@ def fast(name: str) -> object:
 def error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, f"{actual.shape=} {expected.shape=}"
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", {case.op: name for name, case in CASES.items()}.values())
+def test_signatures_agree(name: str) -> None:
+    op = CASES[name].op
+    theirs, ours = (inspect.signature(getattr(m, op)) for m in (reference, fast(name)))
+    assert list(ours.parameters.items()) == list(theirs.parameters.items())
 
 
 @pytest.mark.parametrize("name", CASES)

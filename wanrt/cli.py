@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import wanrt
 from wanrt import cli_tools
+from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
 from wanrt.media.output import check_output
@@ -21,8 +23,24 @@ from wanrt.pipeline import Pipeline
 from wanrt.progress import Bars
 from wanrt.tasks.limits import round_frames
 
+
+class _Verbs(TyperGroup):
+    """Ctrl-C in any verb is one line and exit code 130; typer's versions do not agree on it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("wanrt: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=wanrt.__doc__
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=wanrt.__doc__,
 )
 cli_tools.add_to(app)
 
@@ -123,7 +141,7 @@ def generate(
     }
     jobs = list(_jobs(_read_prompts(prompt, prompts), seed or [-1], out))
     for job in jobs:
-        check_output(job.out, overwrite, num_frames=frames)
+        check_output(job.out, overwrite)
     with Bars(quiet=as_json) as bars:
         pipe = Pipeline.load(
             model,
@@ -136,7 +154,11 @@ def generate(
             offline=offline,
             report=bars.report,
         )
-        requests = [pipe.check(GenerateConfig(j.prompt, seed=j.seed, **settings)) for j in jobs]
+        configs = [GenerateConfig(job.prompt, seed=job.seed, **settings) for job in jobs]
+        requests = [pipe.check(config) for config in configs]
+        settled, _ = prepare_inputs(configs[0], requests[0], pipe.spec)  # the same for all jobs
+        for job in jobs:
+            check_output(job.out, overwrite, settled.num_frames)
         pipe.encode_prompts([text for r in requests for text in r.prompts])
         for job in jobs:
             bars.next_request()
@@ -149,10 +171,12 @@ def generate(
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
     """Every prompt with every seed; several results are numbered out-001, out-002, ..."""
     several = len(prompts) * len(seeds) > 1
+    if several and not out.name:
+        raise UsageError(f"the output name {str(out)!r} is a folder (add a file name)")
     pairs = ((p, s) for p in prompts for s in seeds)
     for number, (prompt, seed) in enumerate(pairs, start=1):
-        name = f"{out.stem}-{number:03d}{out.suffix}" if several else out.name
-        yield Job(prompt, seed, out.with_name(name))
+        name = f"{out.stem}-{number:03d}{out.suffix}"
+        yield Job(prompt, seed, out.with_name(name) if several else out)
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -203,6 +227,3 @@ def main(args: list[str] | None = None) -> None:
     except WanrtError as error:
         print(f"wanrt: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("wanrt: interrupted", file=sys.stderr)
-        sys.exit(130)

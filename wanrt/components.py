@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from wanrt.config import MODELS, Defaults, Precision, WanSpec
+from wanrt.config import MODELS, Defaults, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
 from wanrt.models.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ Report = Callable[[str, int, int], None]  # phase, done, total
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
+_UNTOLD_MEMORY = 8 << 30  # taken where the system does not say (Windows)
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
 
 
@@ -60,6 +61,8 @@ def memory_bytes(device: torch.device) -> int:
     """All memory of the device, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return _UNTOLD_MEMORY
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -106,6 +109,15 @@ class Components:
                 "put the model's tokenizer.json or spiece.model beside it",
             )
         return Tokenizer.from_spiece(spiece)
+
+    def require(self, task: Task, *, text: bool, decode: bool) -> None:
+        """Raises FormatError for the first part that a request needs and the model lacks."""
+        if text:
+            self.parts.require("umt5")
+        if decode or task in ("i2v", "flf2v", "vace"):
+            self.parts.require("vae")
+        if self.spec.dit.image_dim is not None:
+            self.parts.require("clip")
 
     def release(self, *names: str) -> None:
         """Free parts that the coming phases do not need; does nothing where all parts fit."""
@@ -165,6 +177,24 @@ def custom_spec(dit: Detected, has_low: bool) -> WanSpec:
     return WanSpec("custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary)
 
 
+def _check_fit(parts: Parts) -> None:
+    """Raises FormatError where a part is another model's: its width is not the transformer's."""
+    dit = parts.found["dit"]
+    widths = {
+        "vae": ("latent channels", lambda spec: spec.z_dim, dit.spec.out_dim),
+        "umt5": ("text features", lambda spec: spec.dim, dit.spec.text_dim),
+        "clip": ("image features", lambda spec: spec.dim, dit.spec.image_dim),
+    }
+    for name, (what, width, wanted) in widths.items():
+        found = parts.found.get(name)
+        if found is not None and wanted is not None and width(found.spec) != wanted:
+            reason = f"this is {found} with {width(found.spec)} {what}; {dit.title} takes {wanted}"
+            raise FormatError(found.path, reason)
+    low = parts.found.get("low_noise")
+    if low is not None and low.spec != dit.spec:
+        raise FormatError(low.path, f"this is {low}; the other expert is {dit.title}")
+
+
 def open_parts(
     parts: Parts,
     name: str,
@@ -176,6 +206,7 @@ def open_parts(
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     parts.require("dit")
     dit = parts.found["dit"]
+    _check_fit(parts)
     spec = identify(dit, parts.low_noise is not None, name)
     if parts.vae is not None:
         spec = replace(spec, vae=parts.found["vae"].spec)

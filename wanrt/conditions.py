@@ -1,6 +1,7 @@
 """What conditions a request besides its prompt: pictures and videos in, tensors for every step out."""
 
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from wanrt.components import Components
 from wanrt.config import GenerateConfig, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
-from wanrt.media.video import probe_video, read_video
+from wanrt.media.video import read_video
 from wanrt.models.clip import preprocess
 from wanrt.request import Request, with_size
-from wanrt.tasks import i2v, vace
+from wanrt.tasks import i2v, limits, vace
 from wanrt.tasks.sizes import Size, i2v_size, latent_shape, ti2v_size, vace_grid
 
 
@@ -89,6 +90,8 @@ def prepare_inputs(config: GenerateConfig, request: Request, spec: WanSpec) -> t
     source = _vace_source(config, request, image, last)
     if source.video is not None:
         frames, height, width = source.video.shape[1:]
+        limits.check_frames(frames)
+        limits.check_size(width, height, spec.vae.spatial_stride * 2)
         request = with_size(request, width, height, frames)
     return request, Inputs(source=source, refs=refs)
 
@@ -98,32 +101,43 @@ def _vace_source(
 ) -> vace.Source:
     """Control video, masked edit, outpaint or extension, by what is given."""
     size = Size(request.height, request.width)
+    edits = [n for n in ("mask", "outpaint", "extend") if getattr(config, n) is not None]
+    if len(edits) > 1:
+        raise UsageError(f"--{edits[0]} and --{edits[1]} are two kinds of edit; give one of them")
     if config.video is None:
-        if config.mask is not None or config.outpaint or config.extend:
-            raise UsageError("--mask, --outpaint and --extend edit a video; give it with --video")
+        if edits:
+            raise UsageError(f"--{edits[0]} edits a video; give it with --video")
         if image is None and last is None:
             return vace.Source()
         pictures = (None if p is None else _cover(p, size) for p in (image, last))
         return vace.extend(request.num_frames, *pictures)
     if image is not None or last is not None:
         raise UsageError("--image and --last-image extend by pictures; leave them out with --video")
-    if isinstance(config.video, vace.Source):
+    if isinstance(config.video, vace.Source) and not edits:
         return config.video
+    if not _is_path(config.video):
+        raise UsageError("video is a path, or a wanrt.tasks.vace.Source without a further edit")
     if config.extend:
         clip = read_video(config.video, size=size).frames
         ends = (clip, None) if config.extend == "after" else (None, clip)
         return vace.extend(request.num_frames, *ends)
     area = request.width * request.height
-    if config.mask is not None and is_image(config.mask):
-        source = vace.read_source(config.video, None, area)
+    video_mask = config.mask if _is_path(config.mask) and not is_image(config.mask) else None
+    source = vace.read_source(config.video, video_mask, area)
+    if source.mask is not None:
+        return vace.inpaint(source.video, source.mask)
+    if config.mask is not None:
         mask = _cover(load_image(config.mask), Size(*source.video.shape[2:]))
         return vace.inpaint(source.video, (mask[:1] + 1) / 2)
-    source = vace.read_source(config.video, config.mask, area)
-    if not config.outpaint:
+    if config.outpaint is None:
         return source
     wider = vace.outpaint(source.video, *_directions(config.outpaint))
     frames, height, width = wider.video.shape[1:]
     return vace.fit(wider, vace_grid(frames, width, height, area).size)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | PathLike)
 
 
 def _cover(picture: Tensor, size: Size) -> Tensor:

@@ -20,7 +20,7 @@ from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.media.image import to_uint8
 from wanrt.media.result import Video
-from wanrt.request import Request, resolve
+from wanrt.request import Request, check_embeds, resolve
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
 
@@ -107,9 +107,10 @@ class Pipeline:
         """
         if output not in ("video", "latents"):
             raise UsageError(f"output {output!r} does not exist; choose 'video' or 'latents'")
-        run = self.start(prompt, prompt_embeds, negative_embeds, **settings)
+        decode = output == "video"
+        run = self.start(prompt, prompt_embeds, negative_embeds, decode=decode, **settings)
         result = self.denoise(run, latents, on_step)
-        if output == "latents":
+        if not decode:
             return result
         frames = np.concatenate(list(self.decode(run, result)))
         return Video(frames, run.request.fps, asdict(run.request), run.timings)
@@ -126,14 +127,17 @@ class Pipeline:
         prompt: str,
         prompt_embeds: Tensor | None = None,
         negative_embeds: Tensor | None = None,
+        *,
+        decode: bool = True,
         **settings: Any,
     ) -> Run:
         """Check everything, then compute all that does not change from step to step."""
         config = GenerateConfig(prompt, **settings)
-        request, inputs = prepare_inputs(config, self.check(config), self.spec)
+        embeds = (prompt_embeds, negative_embeds)
+        request = self.check(config, embeds, decode=decode)
+        request, inputs = prepare_inputs(config, request, self.spec)
         begin = time.perf_counter()
-        given = (prompt_embeds, negative_embeds)
-        self.encode_prompts([p for p, e in zip(request.prompts, given, strict=False) if e is None])
+        self.encode_prompts(_without(embeds, request.prompts))
         encoded = time.perf_counter()
         context = self._context(prompt_embeds, request.prompt)
         negative = self._context(negative_embeds, request.negative) if request.guided else None
@@ -143,9 +147,26 @@ class Pipeline:
         run.timings["conditions"] = time.perf_counter() - encoded
         return run
 
-    def check(self, config: GenerateConfig) -> Request:
-        """The request with every default filled in; raises UsageError before any work is done."""
-        return resolve(config, self.spec)
+    def check(
+        self,
+        config: GenerateConfig,
+        embeds: tuple[Tensor | None, ...] = (None, None),
+        *,
+        decode: bool = True,
+    ) -> Request:
+        """The request with every default filled in; reads no picture and no weights.
+
+        embeds: text features given in place of the prompt and of the negative one. Raises
+        UsageError, and FormatError where the model lacks a part that the request needs.
+        """
+        request = resolve(config, self.spec)
+        if request.noise == "cuda" and self.components.device.type != "cuda":
+            raise UsageError("noise 'cuda' needs a CUDA GPU; 'cpu' is the same on every machine")
+        for rows in embeds:
+            check_embeds(rows, self.spec)
+        text = bool(_without(embeds, request.prompts))
+        self.components.require(request.task, text=text, decode=decode)
+        return request
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: list[str]) -> None:
@@ -165,17 +186,13 @@ class Pipeline:
                 )
             features = umt5(tokens.ids.to(parts.device), tokens.mask.to(parts.device))
             self._embeds[prompt] = features[0].float()
+        del umt5  # or the release would free nothing
         parts.release("umt5")
 
     def _context(self, embeds: Tensor | None, prompt: str) -> Tensor:
         """`[1, 512, text_dim]`: real rows, then rows of zeros, as the reference pads."""
         rows = self._embeds[prompt] if embeds is None else embeds.reshape(-1, embeds.shape[-1])
         dit = self.spec.dit
-        if rows.shape[0] > dit.text_len or rows.shape[1] != dit.text_dim:
-            raise UsageError(
-                f"prompt embeddings are {tuple(rows.shape)}; {self.spec.title} takes at most "
-                f"{dit.text_len} rows of width {dit.text_dim}"
-            )
         context = torch.zeros(1, dit.text_len, dit.text_dim, device=self.components.device)
         context[0, : rows.shape[0]] = rows
         return context
@@ -186,20 +203,20 @@ class Pipeline:
         request, conditions, spec = run.request, run.conditions, self.spec
         timesteps, sigmas = self._schedule(request)
         solver = sampler.make_solver(request.solver, sigmas)
-        x = self._noise(request, conditions) if latents is None else latents
-        x = conditions.impose(x.to(self.components.device, torch.float32))
+        x = self._start(request, conditions, latents)
         expert = None
         for i, t in enumerate(timesteps.tolist()):
             if expert_for(t, spec.boundary) != expert:
+                dit = text = no_text = None  # one expert goes before the other comes
                 with run.timed("load"):
                     expert = expert_for(t, spec.boundary)
                     dit = self.components.dit(expert)
                     text, no_text = conditions.prepare(dit)
             with run.timed("denoise"):
+                guidance = guidance_for(expert, request.guidance, request.guidance_low)
                 inputs = conditions.step_inputs(t)
                 cond = dit(x, inputs.t, text, **inputs.extra)
-                guidance = guidance_for(expert, request.guidance, request.guidance_low)
-                uncond = dit(x, inputs.t, no_text, **inputs.extra) if no_text is not None else None
+                uncond = dit(x, inputs.t, no_text, **inputs.extra) if guidance != 1.0 else None
                 x = conditions.impose(solver.step(guide(cond, uncond, guidance), x))
             if not torch.isfinite(x).all():
                 raise NumericsError(
@@ -207,7 +224,8 @@ class Pipeline:
                 )
             if on_step is not None:
                 on_step(Step(i, len(timesteps), t, float(sigmas[i]), x))
-        self.components.release("dit", "dit_low")
+        del dit
+        self.components.release("dit", "low_noise")
         return x[:, :, conditions.num_refs :]
 
     def _schedule(self, request: Request) -> sampler.Schedule:
@@ -217,14 +235,16 @@ class Pipeline:
             return sampler.distilled_schedule(steps, request.flow_shift)
         return sampler.schedule(request.solver, request.num_steps, request.flow_shift)
 
-    def _noise(self, request: Request, conditions: Conditions) -> Tensor:
-        """fp32 noise of the request's seed, drawn on the CPU or, as the reference does, on CUDA."""
-        device = torch.device(request.noise)
-        if device.type == "cuda" and self.components.device.type != "cuda":
-            raise UsageError("noise 'cuda' needs a CUDA GPU; 'cpu' is the same on every machine")
-        generator = torch.Generator(device).manual_seed(request.seed)
+    def _start(self, request: Request, conditions: Conditions, given: Tensor | None) -> Tensor:
+        """What is given, or the seed's fp32 noise, drawn on the CPU or on CUDA (the reference)."""
         shape = noise_shape(request, self.spec, conditions.num_refs)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        if given is None:
+            device = torch.device(request.noise)
+            generator = torch.Generator(device).manual_seed(request.seed)
+            given = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(given.shape) != shape:
+            raise UsageError(f"latents are {list(given.shape)}; this request takes {list(shape)}")
+        return conditions.impose(given.to(self.components.device, torch.float32))
 
     @torch.inference_mode()
     def decode(self, run: Run, latents: Tensor) -> Iterator[np.ndarray]:
@@ -236,7 +256,13 @@ class Pipeline:
         for done in range(total):
             with run.timed("decode"):
                 frames, _ = next(chunks)
-                pixels = to_uint8(frames[0]).cpu().numpy()
+                pixels = to_uint8(frames[0], nearest=run.request.task == "t2i").cpu().numpy()
             report("decode", done + 1, total)
             yield pixels
+        del vae, chunks
         self.components.release("vae")
+
+
+def _without(embeds: tuple[Tensor | None, ...], prompts: tuple[str, ...]) -> list[str]:
+    """The prompts whose text features are not given."""
+    return [prompt for prompt, rows in zip(prompts, embeds, strict=False) if rows is None]

@@ -4,6 +4,8 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from torch import Tensor
+
 from wanrt.config import FLF2V_NEGATIVE, GenerateConfig, Task, WanSpec
 from wanrt.errors import UsageError
 from wanrt.models.tokenizer import check_prompt
@@ -27,8 +29,12 @@ _TAKES: dict[Task, tuple[str, ...]] = {
     "t2i": (),
     "i2v": ("image",),
     "flf2v": ("image", "last_image"),
-    "vace": ("video", "mask", "refs", "image", "last_image"),
+    "vace": ("video", "mask", "refs", "image", "last_image", "outpaint", "extend"),
 }
+# What step-distilled models are made for, whatever they were distilled from.
+_DISTILLED = {"num_steps": 4, "guidance": 1.0, "guidance_low": 1.0, "flow_shift": 5.0}
+_INPUTS = ("image", "last_image", "video", "mask", "outpaint", "extend")
+_MIN_FLF2V_FRAMES = 5  # something must lie between the two pictures
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,18 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
     is known later, see `with_size`.
     """
     check_prompt(config.prompt)
+    check_prompt(config.negative or "")
     limits.check_seed(config.seed)
     task = _task(config, spec)
-    d = spec.defaults
-    width, height = config.width or d.size[0], config.height or d.size[1]
+    d = replace(spec.defaults, **_DISTILLED) if config.distilled else spec.defaults
+    width, height = _or(config.width, d.size[0]), _or(config.height, d.size[1])
     num_frames = 1 if task == "t2i" else _or(config.num_frames, d.num_frames)
     area_only = task in ("i2v", "flf2v")
     limits.check_size(width, height, 1 if area_only else spec.vae.spatial_stride * 2)
     limits.check_frames(num_frames)
     shift = d.flow_shift
-    if spec.dit.image_dim and task == "i2v":  # one shape, two models: the area decides
+    if spec.dit.image_dim and task == "i2v" and not config.distilled:
+        # Two models of one shape: the area decides.
         shift = _SHIFT_480P if width * height <= _AREA_480P else 5.0
     request = Request(
         task=task,
@@ -90,10 +98,10 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
         height=height,
         num_frames=num_frames,
         fps=_or(config.fps, d.fps),
-        num_steps=4 if config.distilled and config.num_steps is None else _or(config.num_steps, d.num_steps),
-        guidance=1.0 if config.distilled and config.guidance is None else _or(config.guidance, d.guidance),
-        guidance_low=_guidance_low(config, spec),
-        flow_shift=5.0 if config.distilled and config.flow_shift is None else _or(config.flow_shift, shift),
+        num_steps=_or(config.num_steps, d.num_steps),
+        guidance=_or(config.guidance, d.guidance),
+        guidance_low=_guidance_low(config, spec, d.guidance_low),
+        flow_shift=_or(config.flow_shift, shift),
         solver="euler" if config.distilled else config.solver,
         distilled=config.distilled,
         seed=secrets.randbelow(2**32) if config.seed == -1 else config.seed,
@@ -102,6 +110,18 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
     )
     _check_ranges(request)
     return request
+
+
+def check_embeds(embeds: Tensor | None, spec: WanSpec) -> None:
+    """Text features given in place of a prompt: `[n <= 512, text_dim]`, with or without a batch."""
+    if embeds is None:
+        return
+    shape, dit = list(embeds.shape), spec.dit
+    if shape[-1:] != [dit.text_dim] or not 0 < embeds.numel() <= dit.text_len * dit.text_dim:
+        raise UsageError(
+            f"prompt embeddings are {shape}; {spec.title} takes at most {dit.text_len} rows "
+            f"of width {dit.text_dim}"
+        )
 
 
 def with_size(request: Request, width: int, height: int, num_frames: int | None = None) -> Request:
@@ -115,7 +135,7 @@ def _or(value: _T | None, default: _T) -> _T:
 
 def _task(config: GenerateConfig, spec: WanSpec) -> Task:
     """The task that model and inputs make; a contradiction is an error."""
-    given = [n for n in ("image", "last_image", "video", "mask") if getattr(config, n) is not None]
+    given = [n for n in _INPUTS if getattr(config, n) is not None]
     given += ["refs"] if config.refs else []
     task: Task = spec.task
     if task == "t2v" and spec.vae.patch == 2 and "image" in given:
@@ -130,6 +150,8 @@ def _task(config: GenerateConfig, spec: WanSpec) -> Task:
     for name in given:
         if name not in _TAKES[task]:
             raise UsageError(f"{spec.title} makes {task} videos and takes no {_flag(name)}")
+    if config.task == "t2i" and config.num_frames not in (None, 1):
+        raise UsageError(f"task 't2i' makes one image, not {config.num_frames} frames")
     return task
 
 
@@ -144,20 +166,21 @@ def _negative(config: GenerateConfig, spec: WanSpec, task: Task) -> str:
     return FLF2V_NEGATIVE if task == "flf2v" else spec.defaults.negative
 
 
-def _guidance_low(config: GenerateConfig, spec: WanSpec) -> float | None:
+def _guidance_low(config: GenerateConfig, spec: WanSpec, default: float | None) -> float | None:
     """Only two-expert models have one; it follows a guidance given without it."""
     if spec.boundary is None:
         if config.guidance_low is not None:
             raise UsageError(f"--guidance-low is for two-expert models; {spec.title} has one expert")
         return None
-    if config.guidance_low is not None:
-        return config.guidance_low
-    if config.distilled:
-        return 1.0
-    return config.guidance if config.guidance is not None else spec.defaults.guidance_low
+    return _or(config.guidance_low, _or(config.guidance, default))
 
 
 def _check_ranges(request: Request) -> None:
+    if request.task == "flf2v" and request.num_frames < _MIN_FLF2V_FRAMES:
+        raise UsageError(
+            f"frames is {request.num_frames}; between two pictures it must be "
+            f"{_MIN_FLF2V_FRAMES} or more"
+        )
     limits.check_steps(request.num_steps)
     for guidance in (request.guidance, request.guidance_low):
         if guidance is not None:

@@ -1,4 +1,4 @@
-"""The layers that the models share, and the only place where models meet ops.
+"""The layers that the models share, where models meet ops (the VAE's are in `vae_layers.py`).
 
 Precision is decided here by two rules. A matrix product runs in the dtype of its weight, and
 whatever feeds it is rounded to that dtype once. Everything between the products (norms, modulation,
@@ -75,7 +75,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of an RMSNorm over the full width."""
+    """RMSNorm over the full width; the result keeps the input's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

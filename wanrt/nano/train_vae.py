@@ -1,6 +1,6 @@
-"""Train nano's VAE: single frames first, then short clips, then fold its latent statistics in.
+"""Train nano's VAE: single frames first, then longer and longer clips, then fold its latent statistics in.
 
-    python -m wanrt.nano.train_vae --work DIR --minutes 40      (resumes from DIR/vae.pt)
+    python -m wanrt.nano.train_vae --work DIR --minutes 50      (resumes from DIR/vae.pt)
     python -m wanrt.nano.train_vae --work DIR --export wanrt/nano/weights/vae.safetensors
 """
 
@@ -38,11 +38,12 @@ class Stage:
     batch: int
 
 
+# Long clips at the end: the history of the deepest layers reaches back over a whole clip.
 STAGES = (
-    Stage(0.35, 1, CROP, 16),
-    Stage(0.65, 5, CROP, 6),
-    Stage(0.90, 9, CROP, 4),
-    Stage(1.00, 9, SIZE, 1),
+    Stage(0.28, 1, CROP, 16),
+    Stage(0.42, 5, CROP, 6),
+    Stage(0.65, 17, CROP, 2),
+    Stage(1.00, SPAN, CROP, 1),
 )
 
 
@@ -217,7 +218,7 @@ def export(work: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()

@@ -12,8 +12,13 @@ from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorIn
 
 __all__ = ["Checkpoint", "TensorInfo", "is_weights", "weight_sets"]
 
-SAFETENSORS = (".safetensors", ".sft")
-PICKLES = (".pth", ".pt", ".bin")
+_READERS: dict[str, type[SafetensorsFile] | type[PickleFile]] = {
+    ".safetensors": SafetensorsFile,
+    ".sft": SafetensorsFile,
+    ".pth": PickleFile,
+    ".pt": PickleFile,
+    ".bin": PickleFile,
+}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -54,7 +59,7 @@ class Checkpoint:
 
 def is_weights(path: Path) -> bool:
     """Whether a file name says that Checkpoint can open it."""
-    return path.suffix in (*SAFETENSORS, *PICKLES) or path.name.endswith(".index.json")
+    return path.suffix in _READERS or path.name.endswith(".index.json")
 
 
 def weight_sets(folder: Path) -> list[Path]:
@@ -78,11 +83,13 @@ def _only_set(folder: Path) -> Path:
 
 
 def _open_file(path: Path) -> SafetensorsFile | PickleFile:
-    if path.suffix in SAFETENSORS:
-        return SafetensorsFile(path)
-    if path.suffix in PICKLES:
-        return PickleFile(path)
-    known = ", ".join((*SAFETENSORS, *PICKLES, ".index.json"))
+    reader = _READERS.get(path.suffix)
+    if reader is not None:
+        try:
+            return reader(path)
+        except OSError as error:
+            raise FormatError(path, f"cannot be read: {error.strerror}") from None
+    known = ", ".join((*_READERS, ".index.json"))
     raise FormatError(
         path, f"{path.suffix or 'a file without ending'} is unknown", f"known: {known}"
     )
@@ -115,7 +122,7 @@ def _shard_paths(index: Path, files: Iterable[str]) -> dict[str, Path]:
     allowed.update(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")
     paths: dict[str, Path] = {}
     for file in files:
-        if Path(file).name != file or "\\" in file:
+        if Path(file).name != file or file == ".." or "\\" in file:
             raise FormatError(index, f"the index names {file[:80]!r}, outside its own folder")
         path = folder / file
         if not path.is_file():

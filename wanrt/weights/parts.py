@@ -95,13 +95,10 @@ def find_component(path: Path, kind: Kind) -> Detected:
     if chosen:
         return chosen
     if len(found) == 1:
-        what = (
-            f"unreadable: {found[0].note}"
-            if found[0].title == "unreadable"
-            else f"this is {found[0]}"
-        )
+        note = f" ({found[0].note})" if found[0].kind == "unknown" else ""
+        what = f"this is {found[0]}{note}"
     else:
-        what = f"holds {', '.join(map(str, found[:5])) or 'no weights'}"
+        what = "holds " + ("; ".join(f"{d.path.name}: {d}" for d in found[:5]) or "no weights")
     raise FormatError(path, f"{what}; {KIND_NAMES[kind]} was asked for")
 
 
