@@ -1,6 +1,6 @@
 """The specification: every op of the models in plain PyTorch, fp32 inside, formula and source.
 
-`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's two ops.
+`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's four.
 `dtype` is that of the result: the caller names the one in which the next matrix product runs (None
 keeps the input's). `out` receives the result and may be the first input itself.
 
@@ -105,28 +105,71 @@ def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
 
     x [B, C, ...], gamma with C elements (any trailing ones) -> [B, C, ...].
     """
-    x32 = x.float()
-    norm = x32.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-    gamma = gamma.float().reshape(-1, *[1] * (x.ndim - 2))
-    return (x32 / norm * math.sqrt(x.shape[1]) * gamma).to(x.dtype)
+    x32 = x.float().movedim(1, -1).contiguous()
+    norm = x32.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    y = x32 / norm * math.sqrt(x.shape[1]) * gamma.float().flatten()
+    return y.movedim(-1, 1).to(x.dtype)
 
 
 def causal_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None, gamma: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor | None = None,
+    stride: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """3-D convolution that sees no later frame: the kt - 1 frames of `history` stand in front of x.
+    """3-D convolution that sees no later frame: `history`, the frames before x, stands in front.
 
-    Zeros around each frame keep its size. With `gamma`, x first becomes SiLU(rms_norm_channels(x)),
-    and the history holds such frames. x [B, C, T, H, W], weight [O, C, kt, kh, kw], history
-    [B, C, kt - 1, H, W] (None where kt is 1) -> [B, O, T, H, W] and the history of what follows x.
+    None is the start of a clip, zeros. Zeros around each frame keep its size. With `gamma`, x first
+    becomes SiLU(rms_norm_channels(x)), and the history holds such frames. `stride` is that of time.
+    Frame by frame, so that no bit of the result depends on where a clip is cut into pieces.
+    x [B, C, T, H, W], weight [O, C, kt, kh, kw], history [B, C, kt - stride, H, W]
+    -> [B, O, T / stride, H, W] and the history of what follows x (None where kt is 1).
     """
     kt, kh, kw = weight.shape[2:]
     if gamma is not None:
-        x = F.silu(rms_norm_channels(x, gamma).float()).to(x.dtype)
-    frames = x if history is None else torch.cat((history, x), 2)
-    padding = (0, kh // 2, kw // 2)
-    y = F.conv3d(frames.float(), weight.float(), bias.float(), padding=padding)
-    return y.to(x.dtype), frames[:, :, frames.shape[2] - (kt - 1) :] if kt > 1 else None
+        normed = [rms_norm_channels(frame.float(), gamma) for frame in x.split(1, 2)]
+        x = torch.cat([F.silu(frame) for frame in normed], 2).to(x.dtype)
+    if history is None:
+        history = x.new_zeros(*x.shape[:2], kt - stride, *x.shape[3:])
+    frames = torch.cat((history, x), 2)
+    ends = range(kt, frames.shape[2] + 1, stride)
+    y = [_conv(frames[:, :, end - kt : end], weight, bias, (0, kh // 2, kw // 2)) for end in ends]
+    kept = frames[:, :, frames.shape[2] - (kt - stride) :].clone() if kt > 1 else None
+    return _store(torch.cat(y, 2).to(x.dtype), out), kept
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each frame to twice its height and width (every pixel four times), then a 3x3 convolution.
+
+    x [B, C, T, H, W], weight [O, C, 3, 3] -> [B, O, T, 2H, 2W].
+    """
+    large = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
+    y = [_conv(frame, weight[:, :, None], bias, (0, 1, 1)) for frame in large.split(1, 2)]
+    return torch.cat(y, 2).to(x.dtype)
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution of stride 2 on each frame, zeros at its right and bottom edge only.
+
+    x [B, C, T, H, W] of even H and W, weight [O, C, 3, 3] -> [B, O, T, H / 2, W / 2].
+    """
+    padded = F.pad(x, (0, 1, 0, 1))
+    frames = padded.split(1, 2)
+    y = [_conv(frame, weight[:, :, None], bias, stride=(1, 2, 2)) for frame in frames]
+    return torch.cat(y, 2).to(x.dtype)
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int, int] = (0, 0, 0),
+    stride: tuple[int, int, int] = (1, 1, 1),
+) -> Tensor:
+    return F.conv3d(x.float().contiguous(), weight.float(), bias.float(), stride, padding)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""What all tests share: few threads, recorded data that only some checkouts have, and tiny models."""
+"""What all tests share: few threads, recorded data where there is some, tiny models and inputs."""
 
 import shutil
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from wanrt.config import MODELS, NANO, ClipSpec, Umt5Spec, WanSpec
+from wanrt.media.image import load_image, save_png
+from wanrt.media.video import read_video, write_video
+from wanrt.models.tokenizer import Tokenizer
 from wanrt.pipeline import Pipeline
 from wanrt.weights.hub import NANO_WEIGHTS
 from wanrt.weights.layouts import write_model
+from wanrt.weights.load import load_component
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = NANO_WEIGHTS / "tokenizer.json"
@@ -85,7 +89,59 @@ class Zoo:
     def open(self, name: str, **options: Any) -> Pipeline:
         return Pipeline.load(str(self.path(name)), **options)
 
+    @torch.inference_mode()
+    def text_rows(self, name: str, prompt: str) -> Tensor:
+        """Features `[n, text_dim]` of a prompt's tokens."""
+        tokens = Tokenizer.load(self.path(name))([prompt])
+        return load_component(self.path(name), "umt5")(tokens.ids, tokens.mask)[0]
+
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@dataclass(frozen=True)
+class Files:
+    """Inputs on disk and their pixels in [-1, 1]; the clip is 9 frames of 48x32."""
+
+    folder: Path
+    clip: Tensor  # [3, 9, 32, 48]
+    picture: Tensor  # [3, 32, 48]
+    last: Tensor
+    square: Tensor  # [3, 40, 40]
+    half: Tensor  # mask [1, 1, 32, 48]: the right half
+    shade: Tensor  # mask [1, 9, 32, 48] as decoded: a bar that moves
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("inputs")
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(4, 3, 4, 6, generator=generator) * 2 - 1
+    pictures = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)  # [4, 3, 32, 48]
+    for name, picture in zip(("a.png", "b.png", "c.png"), pictures, strict=False):
+        save_png(picture, folder / name)
+    save_png(torch.rand(3, 40, 40, generator=generator) * 2 - 1, folder / "square.png")
+    fade = torch.linspace(0, 1, 9)[:, None, None, None]
+    clip = pictures[2] * (1 - fade) + pictures[3] * fade  # [9, 3, 32, 48]
+    write_video(folder / "clip.mp4", [clip.transpose(0, 1)], 16)
+    half = torch.zeros(1, 1, 32, 48)
+    half[..., 24:] = 1
+    save_png(half[0].expand(3, -1, -1) * 2 - 1, folder / "mask.png")
+    bar = torch.full((3, 9, 32, 48), -1.0)
+    for i in range(9):
+        bar[:, i, :, 4 * i : 4 * i + 16] = 1
+    write_video(folder / "mask.mp4", [bar], 16)
+    return Files(
+        folder,
+        read_video(folder / "clip.mp4").frames,
+        load_image(folder / "a.png"),
+        load_image(folder / "b.png"),
+        load_image(folder / "square.png"),
+        half,
+        (read_video(folder / "mask.mp4").frames[:1] + 1) / 2,
+    )

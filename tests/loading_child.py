@@ -1,6 +1,6 @@
 """Child process of test_memory.py: load parts, print the peak of anonymous memory, run a request.
 
-    python loading_child.py MODEL KIND,KIND [--request]
+python loading_child.py MODEL KIND,KIND [--request]
 """
 
 import json
@@ -60,7 +60,14 @@ def main(model: str, kinds: list[str], request: bool) -> None:
         pipe = wanrt.Pipeline.load(model, precision="bf16")
         text = torch.randn(20, pipe.spec.dit.text_dim)
         video = pipe.generate(
-            "", prompt_embeds=text, negative_embeds=text[:5], width=64, height=64, num_frames=5, num_steps=2, seed=1
+            "",
+            prompt_embeds=text,
+            negative_embeds=text[:5],
+            width=64,
+            height=64,
+            num_frames=5,
+            num_steps=2,
+            seed=1,
         )
         result["frames"] = list(video.np.shape)
         result["spread"] = float(video.np.std())

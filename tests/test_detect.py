@@ -1,4 +1,4 @@
-"""Detection: kind, shape and title of every released model from a header alone, without its bytes."""
+"""Detection: kind, shape and title of every released model, from a header without its bytes."""
 
 import json
 import struct
@@ -127,7 +127,7 @@ OTHERS: dict[str, tuple[Kind, Spec, str, int]] = {
     "vae nano": ("vae", NANO.vae, "wanrt nano VAE fp16", 0),
     "vae other": (
         "vae",
-        replace(VAE_2_1, base_dim=8, decoder_base_dim=12, num_res_blocks=1, dim_mult=(1, 3, 5)),
+        VaeSpec(16, 8, 12, (1, 3, 5), 1, (True, False)),
         "Wan VAE (base 8, z 16) fp16",
         0,
     ),
@@ -153,11 +153,6 @@ OTHERS: dict[str, tuple[Kind, Spec, str, int]] = {
         0,
     ),
 }
-OTHERS["vae other"] = (
-    "vae",
-    replace(OTHERS["vae other"][1], temporal_downsample=(True, False)),
-    *OTHERS["vae other"][2:],
-)
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["original", "diffusers"])
@@ -196,6 +191,8 @@ def test_shapes_of_two_releases_are_told_apart_by_names(tmp_path: Path) -> None:
         "a.safetensors": ("Wan2.1-T2V-14B fp16", "same shapes: Wan2.2-T2V-A14B"),
         "wan2.2_t2v_high_noise_14B.safetensors": ("Wan2.2-T2V-A14B high noise fp16", ""),
         "low_noise_model/m.safetensors": ("Wan2.2-T2V-A14B low noise fp16", ""),
+        "Wan2_2-T2V-A14B-LOW_fp8.safetensors": ("Wan2.2-T2V-A14B low noise fp16", ""),
+        "wan_low_vram.safetensors": ("Wan2.1-T2V-14B fp16", "same shapes: Wan2.2-T2V-A14B"),
         "Wan-AI--Wan2.2-T2V-A14B/m.safetensors": ("Wan2.2-T2V-A14B fp16", ""),
     }
     for name, expected in titles.items():
@@ -265,37 +262,6 @@ def test_layout(case: str, tmp_path: Path) -> None:
     assert only(describe(hollow(tmp_path / "m.safetensors", header))).layout == layout
 
 
-def test_vace_layers_come_from_the_config_or_the_stride(tmp_path: Path) -> None:
-    spec = replace(NANO.dit, vace_layers=(0, 1, 4))
-    path = hollow(tmp_path / "m.safetensors", stored("dit", spec))
-    assert only(describe(path)).spec.vace_layers == (0, 2, 4)
-    config = configs.original_dit(spec, "vace")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert only(describe(path)).spec.vace_layers == (0, 1, 4)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vace_layers": [0, 1]}))
-    with pytest.raises(FormatError, match=r"3 VACE blocks, but vace_layers is \[0, 1\]"):
-        describe(path)
-
-
-CONFIGS: dict[str, tuple[Kind, Spec]] = {
-    "dit": ("dit", NANO.dit),
-    "vae": ("vae", NANO.vae),
-    "umt5": ("umt5", NANO.umt5),
-    "clip": ("clip", ClipSpec()),
-}
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_written_configs_agree_with_the_tensors(case: str, tmp_path: Path) -> None:
-    """With a setting that no shape tells, where the kind has one."""
-    kind, spec = CONFIGS[case]
-    if kind != "vae":
-        spec = replace(spec, eps=3e-4)
-    path = hollow(tmp_path / "m.safetensors", stored(kind, spec, foreign=True))
-    (tmp_path / "config.json").write_text(json.dumps(configs.diffusers(spec)))
-    assert only(describe(path)).spec == spec
-
-
 def test_config_of_another_variant(tmp_path: Path) -> None:
     path = hollow(tmp_path / "m.safetensors", PRECISIONS["fp8"])
     small = configs.original_dit(MODELS["wan2.1-t2v-1.3b"].dit, "t2v")
@@ -307,18 +273,10 @@ def test_config_of_another_variant(tmp_path: Path) -> None:
 
 
 def test_config_of_another_part_is_not_read(tmp_path: Path) -> None:
-    """In the original folders the transformer's config.json lies beside the VAE and the encoders."""
+    """In the original folders the transformer's config.json lies beside all other parts."""
     path = hollow(tmp_path / "Wan2.1_VAE.safetensors", stored("vae", VAE_2_1))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "z_dim": 3}))
     assert only(describe(path)).spec == VAE_2_1
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1, "a": 2}', "[" * 200_000], ids=str.__len__)
-def test_broken_config(text: str, tmp_path: Path) -> None:
-    path = hollow(tmp_path / "m.safetensors", stored("dit", NANO.dit))
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(FormatError, match="config.json"):
-        describe(path)
 
 
 def without(header: Header, *parts: str) -> Header:
@@ -372,18 +330,15 @@ LORAS = {
     "DiffSynth": {"blocks.0.self_attn.q.lora_A.default.weight": ("F16", (32, 256))},
     "kohya": {"lora_unet_blocks_0_self_attn_q.lora_down.weight": ("F16", (32, 256))},
     "dots": {"blocks.0.self_attn.q.lora.down.weight": ("F16", (32, 256))},
+    "full differences": {"diffusion_model.blocks.0.self_attn.q.diff": ("F16", (4, 4))},
 }
 
 
 @pytest.mark.parametrize("case", LORAS)
 def test_lora(case: str, tmp_path: Path) -> None:
     found = only(describe(hollow(tmp_path / "m.safetensors", LORAS[case])))
-    assert (found.kind, found.title, found.spec) == ("lora", "LoRA of rank 32", None)
-
-
-def test_full_differences_are_a_lora_without_rank(tmp_path: Path) -> None:
-    header: Header = {"diffusion_model.blocks.0.self_attn.q.diff": ("F16", (4, 4))}
-    assert only(describe(hollow(tmp_path / "m.safetensors", header))).title == "LoRA"
+    title = "LoRA" if case == "full differences" else "LoRA of rank 32"
+    assert (found.kind, found.title, found.spec) == ("lora", title, None)
 
 
 RELATIVES = {
@@ -424,7 +379,7 @@ def test_all_in_one_file(tmp_path: Path) -> None:
     )
 
 
-def test_folder_with_everything(tmp_path: Path) -> None:
+def test_folder(tmp_path: Path) -> None:
     """Below the folder, hidden folders aside; what cannot be read is listed, not fatal."""
     hollow(tmp_path / "unet" / "sub" / "wan.safetensors", stored("dit", NANO.dit))
     torch.save(

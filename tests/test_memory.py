@@ -15,7 +15,9 @@ from wanrt.weights.layouts import Layout
 from wanrt.weights.random import write_random
 
 HEADROOM = 1.10
-ALLOCATOR = 24 << 20  # what malloc may keep of freed buffers: some of them lie below its mmap threshold
+ALLOCATOR = (
+    24 << 20
+)  # what malloc may keep of freed buffers: some of them lie below its mmap threshold
 CHILD = Path(__file__).parent / "loading_child.py"
 SPEC = MODELS["wan2.1-t2v-1.3b"]
 

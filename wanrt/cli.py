@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -76,7 +77,9 @@ class Job:
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None,
-    out: Annotated[Path, _in(_OUTPUT, ".mp4, or .png for one image.", "-o", "--out")] = Path("out.mp4"),
+    out: Annotated[Path, _in(_OUTPUT, ".mp4, or .png for one image.", "-o", "--out")] = Path(
+        "out.mp4"
+    ),
     model: Annotated[str, _in(_MODEL, "An id, a folder, a file or a repository (nano).")] = "nano",
     text_encoder: Annotated[Path | None, _in(_MODEL, "Its file or folder, if apart.")] = None,
     vae: Annotated[Path | None, _in(_MODEL, "Its file or folder, if apart.")] = None,
@@ -161,10 +164,10 @@ def generate(
             check_output(job.out, overwrite, settled.num_frames)
         pipe.encode_prompts([text for r in requests for text in r.prompts])
         for job in jobs:
-            bars.next_request()
             run = pipe.start(job.prompt, seed=job.seed, **settings)
             latents = pipe.denoise(run, on_step=bars.on_step)
             write_video(job.out, pipe.decode(run, latents), run.request.fps, codec, crf, overwrite)
+            bars.finish()
             _print_result(job, run, as_json)
 
 
@@ -198,10 +201,10 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     """`832x480` (or `832*480`, as the reference writes it) -> width, height."""
     if text is None:
         return None, None
-    width, _, height = text.lower().replace("*", "x").partition("x")
-    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
-        raise UsageError(f"size {text!r}: write WIDTHxHEIGHT, as 832x480")
-    return int(width), int(height)
+    sides = re.fullmatch(r"([0-9]{1,9})[xX*]([0-9]{1,9})", text)
+    if sides is None:
+        raise UsageError(f"size {text[:80]!r}: write WIDTHxHEIGHT, as 832x480")
+    return int(sides[1]), int(sides[2])
 
 
 def _print_result(job: Job, run: Any, as_json: bool) -> None:
@@ -225,5 +228,5 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args, prog_name="wanrt")
     except WanrtError as error:
-        print(f"wanrt: {error}", file=sys.stderr)
+        print("wanrt:", "\\n".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)

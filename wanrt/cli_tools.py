@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from wanrt.errors import UsageError
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
@@ -17,6 +18,7 @@ from wanrt.weights.layouts import Layout
 from wanrt.weights.names import Kind
 from wanrt.weights.random import write_random
 
+_WIDE = 1000  # columns: nothing is cut off, the terminal wraps
 _DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8_scaled")
 
 
@@ -35,16 +37,19 @@ def inspect(
     for column in ("what", "kind", "precision", "layout", "parameters", "size", "path"):
         table.add_column(column, justify="right" if column in ("parameters", "size") else "left")
     for one in found:
-        table.add_row(
+        cells = (
             one.title + (f" ({one.note})" if one.note else ""),
             re.sub(r"^an? ", "", KIND_NAMES[one.kind]),
             one.precision or "",
             f"{one.layout or ''} {one.container}".strip(),
             f"{one.num_params:,}",
-            f"{one.num_bytes / 2**30:.2f} GiB" if one.num_bytes >= 2**28 else f"{one.num_bytes / 2**20:.1f} MiB",
+            f"{one.num_bytes / 2**30:.2f} GiB"
+            if one.num_bytes >= 2**28
+            else f"{one.num_bytes / 2**20:.1f} MiB",
             str(one.path),
         )
-    Console(soft_wrap=True).print(table, highlight=False)
+        table.add_row(*map(Text, cells))  # as they are: a path may look like markup
+    Console(width=_WIDE).print(table, highlight=False, soft_wrap=True)
 
 
 def _record(found: Detected) -> dict[str, Any]:

@@ -112,12 +112,12 @@ class Components:
 
     def require(self, task: Task, *, text: bool, decode: bool) -> None:
         """Raises FormatError for the first part that a request needs and the model lacks."""
-        if text:
-            self.parts.require("umt5")
-        if decode or task in ("i2v", "flf2v", "vace"):
-            self.parts.require("vae")
-        if self.spec.dit.image_dim is not None:
-            self.parts.require("clip")
+        needed: dict[Kind, bool] = {
+            "umt5": text,
+            "vae": decode or task in ("i2v", "flf2v", "vace"),
+            "clip": self.spec.dit.image_dim is not None,
+        }
+        self.parts.require(*(kind for kind, wanted in needed.items() if wanted))
 
     def release(self, *names: str) -> None:
         """Free parts that the coming phases do not need; does nothing where all parts fit."""
@@ -174,7 +174,9 @@ def custom_spec(dit: Detected, has_low: bool) -> WanSpec:
         like = MODELS["wan2.2-t2v-a14b" if has_low else "wan2.1-t2v-1.3b"]
     boundary = like.boundary if has_low else None
     defaults: Defaults = like.defaults
-    return WanSpec("custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary)
+    return WanSpec(
+        "custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary
+    )
 
 
 def _check_fit(parts: Parts) -> None:

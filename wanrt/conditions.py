@@ -1,4 +1,4 @@
-"""What conditions a request besides its prompt: pictures and videos in, tensors for every step out."""
+"""What conditions a request besides its prompt: pictures and videos in, tensors per step out."""
 
 from dataclasses import dataclass, field
 from os import PathLike
@@ -71,7 +71,9 @@ class Conditions:
         return latents if self.first is None else i2v.hold_first_frame(latents.clone(), self.first)
 
 
-def prepare_inputs(config: GenerateConfig, request: Request, spec: WanSpec) -> tuple[Request, Inputs]:
+def prepare_inputs(
+    config: GenerateConfig, request: Request, spec: WanSpec
+) -> tuple[Request, Inputs]:
     """Read pictures and videos and settle the output size; costs no model work.
 
     Raises FormatError for files that cannot be used.
@@ -150,7 +152,9 @@ def _directions(text: str) -> tuple[list[str], float]:
     try:
         return names.split(","), float(ratio) if ratio else 0.25
     except ValueError:
-        raise UsageError(f"outpaint {text!r}: write directions and a ratio, as left,right:0.25") from None
+        raise UsageError(
+            f"outpaint {text!r}: write directions and a ratio, as left,right:0.25"
+        ) from None
 
 
 def make_conditions(

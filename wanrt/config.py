@@ -1,4 +1,4 @@
-"""What a checkpoint is (specs and the table of released models) and what a user asks (GenerateConfig)."""
+"""What a checkpoint is (specs, the table of released models), what a user asks (GenerateConfig)."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -91,7 +91,7 @@ class Umt5Spec:
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """Shape of the CLIP visual tower (ViT-H/14). `num_layers` counts all blocks; the last one is unused.
+    """Shape of the CLIP visual tower (ViT-H/14); `num_layers` counts the unused last block too.
 
     Source: Wan2.1 `wan/modules/clip.py`.
     """
@@ -152,9 +152,7 @@ NANO = WanSpec(
     task="t2v",
     dit=DitSpec(dim=256, ffn_dim=1024, num_heads=2, num_layers=6, text_dim=128),
     vae=VaeSpec(base_dim=16, decoder_base_dim=16),
-    umt5=Umt5Spec(
-        vocab_size=130, dim=128, attn_dim=128, ffn_dim=256, num_heads=4, num_layers=2
-    ),
+    umt5=Umt5Spec(vocab_size=130, dim=128, attn_dim=128, ffn_dim=256, num_heads=4, num_layers=2),
     defaults=Defaults(
         size=(96, 96), num_frames=33, num_steps=20, flow_shift=3.0, guidance=3.0, negative=""
     ),
@@ -237,9 +235,7 @@ MODELS: dict[str, WanSpec] = {
             "t2v",
             DIT_14B,
             VAE_2_1,
-            Defaults(
-                (1280, 720), num_steps=40, flow_shift=12.0, guidance=4.0, guidance_low=3.0
-            ),
+            Defaults((1280, 720), num_steps=40, flow_shift=12.0, guidance=4.0, guidance_low=3.0),
             boundary=0.875,
             sizes=_SIZES_BOTH,
         ),
@@ -268,7 +264,7 @@ MODELS: dict[str, WanSpec] = {
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What a user asks for. None means: the model's default, as the reference's command line has it.
+    """What a user asks for. None is the model's default, as the reference's command line has it.
 
     Sizes are pixels, `fps` frames per second; `num_frames` is 4n+1. Images and videos may be paths,
     PIL images or tensors. `seed` -1 draws one. `noise` names the random generator: "cpu" gives the
@@ -287,7 +283,9 @@ class GenerateConfig:
     guidance_low: float | None = None
     flow_shift: float | None = None
     solver: Solver = "unipc"
-    distilled: bool = False  # the four-step list of step-distilled models; implies euler, no guidance
+    distilled: bool = (
+        False  # the four-step list of step-distilled models; implies euler, no guidance
+    )
     seed: int = -1
     noise: Literal["cpu", "cuda"] = "cpu"
     image: Any = None

@@ -8,7 +8,7 @@ class WanrtError(Exception):
 
 
 class UsageError(WanrtError):
-    """A setting that cannot be used: illegal size, frame count, steps, guidance, flag combination."""
+    """A setting that cannot be used: size, frame count, steps, guidance, combination of flags."""
 
     exit_code = 2
 

@@ -115,7 +115,9 @@ class Pipeline:
         frames = np.concatenate(list(self.decode(run, result)))
         return Video(frames, run.request.fps, asdict(run.request), run.timings)
 
-    def stream(self, prompt: str, *, on_step: OnStep | None = None, **settings: Any) -> Iterator[np.ndarray]:
+    def stream(
+        self, prompt: str, *, on_step: OnStep | None = None, **settings: Any
+    ) -> Iterator[np.ndarray]:
         """As generate, but yields uint8 frames `[n, H, W, 3]` as the VAE makes them."""
         latents = settings.pop("latents", None)
         run = self.start(prompt, settings.pop("prompt_embeds", None), **settings)
@@ -198,7 +200,9 @@ class Pipeline:
         return context
 
     @torch.inference_mode()
-    def denoise(self, run: Run, latents: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:
+    def denoise(
+        self, run: Run, latents: Tensor | None = None, on_step: OnStep | None = None
+    ) -> Tensor:
         """Noise to latents: the loop over the schedule, `[1, C, T, h, w]` fp32."""
         request, conditions, spec = run.request, run.conditions, self.spec
         timesteps, sigmas = self._schedule(request)

@@ -21,23 +21,14 @@ _BYTES = "load"  # phases that count bytes, not steps
 
 
 class Bars:
-    """One bar per phase, opened when the phase first reports; silent where stderr is no terminal."""
+    """One bar per phase, opened by its first report; silent where stderr is no terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
-        console = Console(stderr=True, soft_wrap=True)
-        self._progress = Progress(
-            TextColumn("{task.description:>12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not sys.stderr.isatty(),
-        )
+        self._silent = quiet or not sys.stderr.isatty()
+        self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -46,19 +37,41 @@ class Bars:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self.finish()
 
-    def next_request(self) -> None:
-        """Forget the bars of the last request; they stay on the screen."""
+    def finish(self) -> None:
+        """Leave the bars on the screen as they are; what reports next opens new ones."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = None
         self._tasks.clear()
 
     def report(self, phase: str, done: int, total: int) -> None:
         """`done` of `total`, in MiB where the phase loads a part."""
+        if self._silent:
+            return
+        if self._progress is None:
+            self._progress = _open()
         if phase.startswith(_BYTES):
-            done, total = done >> 20, max(total >> 20, 1)
+            done, total = -(-done >> 20), -(-total >> 20)
         if phase not in self._tasks:
             self._tasks[phase] = self._progress.add_task(phase, total=total)
         self._progress.update(self._tasks[phase], completed=done)
 
     def on_step(self, step: Step) -> None:
         self.report("denoise", step.index + 1, step.num_steps)
+
+
+def _open() -> Progress:
+    """Rich would send stdout to stderr as well, and with it the results."""
+    progress = Progress(
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, soft_wrap=True),
+        redirect_stdout=False,
+    )
+    progress.start()
+    return progress

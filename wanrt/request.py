@@ -2,11 +2,11 @@
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from torch import Tensor
 
-from wanrt.config import FLF2V_NEGATIVE, GenerateConfig, Task, WanSpec
+from wanrt.config import FLF2V_NEGATIVE, GenerateConfig, Solver, Task, WanSpec
 from wanrt.errors import UsageError
 from wanrt.models.tokenizer import check_prompt
 from wanrt.tasks import limits
@@ -33,6 +33,12 @@ _TAKES: dict[Task, tuple[str, ...]] = {
 }
 # What step-distilled models are made for, whatever they were distilled from.
 _DISTILLED = {"num_steps": 4, "guidance": 1.0, "guidance_low": 1.0, "flow_shift": 5.0}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("auto", *get_args(Task)),
+    "solver": get_args(Solver),
+    "noise": ("cpu", "cuda"),
+    "extend": ("after", "before"),
+}
 _INPUTS = ("image", "last_image", "video", "mask", "outpaint", "extend")
 _MIN_FLF2V_FRAMES = 5  # something must lie between the two pictures
 
@@ -78,6 +84,7 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
     """
     check_prompt(config.prompt)
     check_prompt(config.negative or "")
+    _check_choices(config)
     limits.check_seed(config.seed)
     task = _task(config, spec)
     d = replace(spec.defaults, **_DISTILLED) if config.distilled else spec.defaults
@@ -143,7 +150,9 @@ def _task(config: GenerateConfig, spec: WanSpec) -> Task:
     if task == "t2v" and (config.num_frames == 1 or config.task == "t2i"):
         task = "t2i"
     if config.task not in ("auto", task) and not (config.task == "t2v" and task in ("t2i", "vace")):
-        raise UsageError(f"task {config.task!r} is not what {spec.title} does here, which is {task!r}")
+        raise UsageError(
+            f"task {config.task!r} is not what {spec.title} does here, which is {task!r}"
+        )
     for name in _NEEDS[task]:
         if name not in given:
             raise UsageError(f"{spec.title} makes {task} videos and needs {_flag(name)}")
@@ -170,9 +179,18 @@ def _guidance_low(config: GenerateConfig, spec: WanSpec, default: float | None) 
     """Only two-expert models have one; it follows a guidance given without it."""
     if spec.boundary is None:
         if config.guidance_low is not None:
-            raise UsageError(f"--guidance-low is for two-expert models; {spec.title} has one expert")
+            raise UsageError(
+                f"--guidance-low is for two-expert models; {spec.title} has one expert"
+            )
         return None
     return _or(config.guidance_low, _or(config.guidance, default))
+
+
+def _check_choices(config: GenerateConfig) -> None:
+    for name, legal in _CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in legal:
+            raise UsageError(f"{name} {value!r} does not exist; choose {', '.join(legal)}")
 
 
 def _check_ranges(request: Request) -> None:

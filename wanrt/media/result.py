@@ -1,4 +1,4 @@
-"""Video: what a request returns; frames that know their rate, how they were made, and how to save."""
+"""Video, what a request returns: frames that know their rate, their making and how to be saved."""
 
 from dataclasses import dataclass, field
 from os import PathLike

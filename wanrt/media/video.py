@@ -256,12 +256,13 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
 def _info(
     stream: VideoStream, first: av.VideoFrame, starts: list[int | None], last: int
 ) -> VideoInfo:
-    if None in starts:  # some AVI files: equal spacing is all that is known
+    if None in starts:  # carelessly muxed files: equal spacing is all that is known
         starts, last = list(range(len(starts))), 1
     starts = sorted(starts)
     end = starts[-1] + max(last, 1)
     times = tuple(start - starts[0] for start in [*starts, end])
-    rate = stream.average_rate or stream.guessed_rate or len(starts) / (end - starts[0])
+    seconds = (end - starts[0]) * stream.time_base
+    rate = stream.average_rate or stream.guessed_rate or len(starts) / seconds
     size = (first.width, first.height)
     width, height = size[::-1] if _quarter_turns(first) % 2 else size
     return VideoInfo(width, height, float(rate), times)

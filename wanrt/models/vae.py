@@ -3,19 +3,24 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.config import VaeSpec
 from wanrt.models.vae_layers import (
+    TORCH,
     AttentionBlock,
     CausalConv3d,
     CausalState,
     Resample,
     ResidualBlock,
     RmsNorm,
+    VaeOps,
     Walk,
+    average_down,
+    duplicate_up,
     number_slots,
+    patchify,
+    unpatchify,
 )
 
 # Latent statistics of the released VAEs: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
@@ -43,51 +48,18 @@ _STD_48 = (
     0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
     0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
+# Fewer, longer chunks save the work done once per chunk, until activations outgrow the caches.
+_CHUNK_BYTES = 64 << 20  # of fp32 activations at full resolution
 LATENT_STATISTICS = {16: (_MEAN_16, _STD_16), 48: (_MEAN_48, _STD_48)}
 
 
 def latent_statistics(z_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and 1/std of the latent channels, fp32 `[1, z, 1, 1, 1]`; 1/std is what the reference
     keeps: it multiplies by it to encode and divides by it to decode."""
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in LATENT_STATISTICS[z_dim])
+    mean, std = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in LATENT_STATISTICS[z_dim]
+    )
     return mean, 1.0 / std
-
-
-def patchify(video: Tensor, p: int) -> Tensor:
-    """`[B, C, F, H, W]` -> `[B, C*p*p, F, H/p, W/p]`; inside C the row offset runs fastest."""
-    b, c, f, h, w = video.shape
-    x = video.view(b, c, f, h // p, p, w // p, p)  # rows then columns
-    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, f, h // p, w // p)
-
-
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """The inverse of patchify."""
-    b, c, f, h, w = x.shape
-    x = x.view(b, c // (p * p), p, p, f, h, w)  # columns then rows
-    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (p * p), f, h * p, w * p)
-
-
-def average_down(x: Tensor, out_dim: int, ft: int, fs: int) -> Tensor:
-    """Space-time to channels, then the mean of neighbouring channels: the shortcut of a down stage.
-
-    x `[B, C, T, H, W]` -> `[B, out_dim, T/ft, H/fs, W/fs]`; an odd clip start gets a zero frame.
-    """
-    x = F.pad(x, (0, 0, 0, 0, (-x.shape[2]) % ft, 0))
-    b, c, t, h, w = x.shape
-    x = x.view(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, out_dim, -1, t // ft, h // fs, w // fs).mean(dim=2)
-
-
-def duplicate_up(x: Tensor, out_dim: int, ft: int, fs: int, first: bool) -> Tensor:
-    """Repeat channels, then channels to space-time: the shortcut of an up stage.
-
-    x `[B, C, T, H, W]` -> `[B, out_dim, T*ft, H*fs, W*fs]`, less `ft - 1` frames at a clip's start.
-    """
-    b, c, t, h, w = x.shape
-    x = x.repeat_interleave(out_dim * ft * fs * fs // c, dim=1)
-    x = x.view(b, out_dim, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.reshape(b, out_dim, t * ft, h * fs, w * fs)
-    return x[:, :, ft - 1 :] if first else x
 
 
 class DownStage(nn.Module):
@@ -96,8 +68,12 @@ class DownStage(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
         super().__init__()
         dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)]
-        self.downsamples = nn.ModuleList(layers + ([Resample(out_dim, out_dim, mode)] if mode else []))
+        layers: list[nn.Module] = [
+            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
+        ]
+        self.downsamples = nn.ModuleList(
+            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
+        )
         self.out_dim = out_dim
         self.factors = (2 if mode == "downsample3d" else 1, 2 if mode else 1)
 
@@ -105,7 +81,7 @@ class DownStage(nn.Module):
         y = x
         for layer in self.downsamples:
             y = layer(y, walk)
-        return y + average_down(x, self.out_dim, *self.factors)
+        return y.add_(average_down(x, self.out_dim, *self.factors))
 
 
 class UpStage(nn.Module):
@@ -114,8 +90,12 @@ class UpStage(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
         super().__init__()
         dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)]
-        self.upsamples = nn.ModuleList(layers + ([Resample(out_dim, out_dim, mode)] if mode else []))
+        layers: list[nn.Module] = [
+            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
+        ]
+        self.upsamples = nn.ModuleList(
+            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
+        )
         self.out_dim = out_dim
         self.factors = (2 if mode == "upsample3d" else 1, 2) if mode else None
 
@@ -125,7 +105,7 @@ class UpStage(nn.Module):
             y = layer(y, walk)
         if self.factors is None:
             return y
-        return y + duplicate_up(x, self.out_dim, *self.factors, first=walk.first)
+        return y.add_(duplicate_up(x, self.out_dim, *self.factors, first=walk.first))
 
 
 class Encoder(nn.Module):
@@ -205,65 +185,91 @@ class WanVAE(nn.Module):
 
     FP32_NAMES: tuple[str, ...] = ()
 
-    def __init__(self, spec: VaeSpec) -> None:
+    def __init__(self, spec: VaeSpec, ops: VaeOps = TORCH) -> None:
         super().__init__()
         self.spec = spec
+        self.ops = ops
         self.encoder = Encoder(spec)
         self.conv1 = CausalConv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
         self.conv2 = CausalConv3d(spec.z_dim, spec.z_dim, 1)
         self.decoder = Decoder(spec)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
-        """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: whole clip).
+        """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: by their size).
 
         Frames beyond the last 4n+1 are ignored, as the reference does.
         """
-        stride = self.spec.temporal_stride
-        latent_frames = (video.shape[2] - 1) // stride + 1
-        state, start, parts = self.encoder_state(), 0, []
-        for stop in range(*_bounds(latent_frames, chunk)):
-            end = 1 + stride * (min(stop, latent_frames) - 1)
-            z, state = self.encode_chunk(video[:, :, start:end], state)
-            parts.append(z)
-            start = end
+        walk = Walk(self.encoder_state(), self.ops)
+        pieces = self._video_pieces(video, chunk, first=True)
+        last = len(pieces) - 1
+        parts = [self._encode(piece, walk, i == last) for i, piece in enumerate(pieces)]
         return torch.cat(parts, dim=2)
 
-    def encode_chunk(self, video: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
-        """One piece: 1 + 4k frames at the start of a clip, 4k frames later."""
-        walk = Walk(state)
-        x = video.to(self.conv1.weight.dtype)
-        x = patchify(x, self.spec.patch) if self.spec.patch > 1 else x
-        moments = self.conv1(self.encoder(channels_last(x), walk), walk)
-        mean, inv_std = latent_statistics(self.spec.z_dim, video.device)
-        return (moments.chunk(2, dim=1)[0].float() - mean) * inv_std, walk.finish()
+    def encode_chunks(
+        self, video: Tensor, state: CausalState | None = None, chunk: int | None = 1
+    ) -> Iterator[tuple[Tensor, CausalState]]:
+        """Yield `(latents, state)` for every `chunk` latent frames; the mirror of decode_chunks.
+
+        The first latent frame of a clip stands for one frame, every later one for four.
+        """
+        walk = Walk(state or self.encoder_state(), self.ops)
+        for piece in self._video_pieces(video, chunk, walk.first):
+            yield self._encode(piece, walk), walk.state()
 
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """Normalised latents -> pixels in [-1, 1], fp32 `[B, 3, 4(T-1)+1, H, W]`."""
-        return torch.cat([frames for frames, _ in self.decode_chunks(latents, chunk=chunk)], dim=2)
+        walk = Walk(self.decoder_state(), self.ops)
+        pieces = latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2)
+        last = len(pieces) - 1
+        parts = [self._decode(piece, walk, i == last) for i, piece in enumerate(pieces)]
+        return torch.cat(parts, dim=2)
 
     def decode_chunks(
         self, latents: Tensor, state: CausalState | None = None, chunk: int | None = 1
     ) -> Iterator[tuple[Tensor, CausalState]]:
-        """Yield `(frames, state)` for every `chunk` latent frames (None: all at once).
+        """Yield `(frames, state)` for every `chunk` latent frames (None: by their size).
 
         A yielded state may be kept; handed back with the latents that follow, decoding goes on as
-        if it had never stopped. Memory grows with the chunk, not with the clip.
+        if it had never stopped. Memory grows with the chunk, not with the clip; a state that is
+        kept while decoding goes on adds its own size.
         """
-        state = state or self.decoder_state()
-        start = 0
-        for stop in range(*_bounds(latents.shape[2], chunk)):
-            frames, state = self.decode_chunk(latents[:, :, start:stop], state)
-            yield frames, state
-            start = stop
+        walk = Walk(state or self.decoder_state(), self.ops)
+        for piece in latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2):
+            yield self._decode(piece, walk), walk.state()
 
-    def decode_chunk(self, latents: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
-        """One piece of latents: `[B, z, T, h, w]` -> its frames and the state after them."""
-        walk = Walk(state)
+    def _encode(self, video: Tensor, walk: Walk, last: bool = False) -> Tensor:
+        walk.last = last
+        x = video.to(self.conv1.weight.dtype)
+        x = patchify(x, self.spec.patch) if self.spec.patch > 1 else x
+        moments = self.conv1(self.encoder(channels_last(x), walk), walk)
+        walk.first = False
+        mean, inv_std = latent_statistics(self.spec.z_dim, video.device)
+        return (moments[:, : self.spec.z_dim].float() - mean) * inv_std
+
+    def _decode(self, latents: Tensor, walk: Walk, last: bool = False) -> Tensor:
+        walk.last = last
         mean, inv_std = latent_statistics(self.spec.z_dim, latents.device)
         z = (latents.float() / inv_std + mean).to(self.conv2.weight.dtype)
-        x = self.decoder(channels_last(self.conv2(z, walk)), walk)
+        x = self.decoder(self.conv2(channels_last(z), walk), walk)
+        walk.first = False
         x = unpatchify(x, self.spec.patch) if self.spec.patch > 1 else x
-        return x.float().clamp(-1, 1), walk.finish()
+        return x.float().clamp_(-1, 1)
+
+    def _video_pieces(self, video: Tensor, chunk: int | None, first: bool) -> list[Tensor]:
+        """The frames of every `chunk` latent frames."""
+        stride = self.spec.temporal_stride
+        h, w = (side // self.spec.spatial_stride for side in video.shape[3:])
+        lead = stride - 1 if first else 0  # frames that a clip's first latent frame lacks
+        total = (video.shape[2] + lead) // stride * stride
+        starts = range(0, total, stride * (chunk or self._chunk(h, w)))
+        bounds = [max(0, bound - lead) for bound in (*starts, total)]
+        return [video[:, :, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def _chunk(self, h: int, w: int) -> int:
+        """Latent frames `[z, h, w]` to code at once: as many as keep an activation small."""
+        pixels = h * w * (self.spec.spatial_stride // self.spec.patch) ** 2
+        per_frame = self.spec.temporal_stride * pixels * self.spec.decoder_base_dim * 4
+        return max(1, _CHUNK_BYTES // per_frame)
 
     def encoder_state(self) -> CausalState:
         """Nothing encoded yet."""
@@ -272,12 +278,6 @@ class WanVAE(nn.Module):
     def decoder_state(self) -> CausalState:
         """Nothing decoded yet."""
         return CausalState((None,) * self.decoder.num_slots)
-
-
-def _bounds(total: int, chunk: int | None) -> tuple[int, int, int]:
-    """Arguments of range() that give the end of every chunk; the last may exceed total."""
-    chunk = min(chunk or total, total)
-    return chunk, total + chunk, chunk
 
 
 def channels_last(x: Tensor) -> Tensor:

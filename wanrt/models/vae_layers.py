@@ -1,13 +1,32 @@
 """The building blocks of both Wan VAEs, and the state that carries their past from chunk to chunk."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.kernels import torch_conv as ops
+from wanrt.kernels import torch_conv
+from wanrt.models.layers import reusable
+
+
+class VaeOps(NamedTuple):
+    """The arithmetic of a VAE, chosen when it is built; `kernels/reference.py` says what it is."""
+
+    rms_norm_channels: Callable[..., Tensor]
+    causal_conv3d: Callable[..., tuple[Tensor, Tensor | None]]
+    upsample_conv2d: Callable[..., Tensor]
+    downsample_conv2d: Callable[..., Tensor]
+
+
+TORCH = VaeOps(
+    torch_conv.rms_norm_channels,
+    torch_conv.causal_conv3d,
+    torch_conv.upsample_conv2d,
+    torch_conv.downsample_conv2d,
+)
 
 
 @dataclass(frozen=True)
@@ -15,29 +34,29 @@ class CausalState:
     """What a causal encoder or decoder remembers between chunks; nothing in it is changed in place.
 
     `slots[i]` holds the last frames that the i-th temporal convolution has seen: `[B, C, 2, H, W]`,
-    or one frame for the strided ones of the encoder; None before the first frame.
+    or one frame for the strided ones of the encoder; None before its first frame.
     """
 
     slots: tuple[Tensor | None, ...]
     first: bool = True  # no frame has been seen
 
 
-@dataclass
 class Walk:
-    """One pass over a chunk: reads the old state, collects the new one."""
+    """The way of one clip through an encoder or decoder: holds the state while it changes."""
 
-    old: CausalState
-    slots: list[Tensor | None] = field(init=False)
+    def __init__(self, state: CausalState, ops: VaeOps = TORCH) -> None:
+        self.slots = list(state.slots)
+        self.first = state.first
+        self.ops = ops
+        self.last = False  # no chunk follows this one: nothing need be remembered
 
-    def __post_init__(self) -> None:
-        self.slots = list(self.old.slots)
+    def keep(self, slot: int, frames: Tensor) -> None:
+        """Remember frames in place of the older ones."""
+        self.slots[slot] = None if self.last else frames
 
-    @property
-    def first(self) -> bool:
-        return self.old.first
-
-    def finish(self) -> CausalState:
-        return CausalState(tuple(self.slots), first=False)
+    def state(self) -> CausalState:
+        """The past so far. Its tensors are the walk's own, which replaces but never changes them."""
+        return CausalState(tuple(self.slots), self.first)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -45,45 +64,44 @@ class CausalConv3d(nn.Conv3d):
 
     slot: int = -1  # place in CausalState.slots, given by number_slots; 1x1x1 has none
 
-    def forward(self, x: Tensor, walk: Walk, gamma: Tensor | None = None) -> Tensor:
-        """x `[B, C, T, H, W]` -> `[B, O, T, H, W]`; `gamma`: RMS norm and SiLU come first."""
-        history = self.history(x, walk)
-        y, kept = ops.causal_conv3d(x, self.weight, self.bias, history, gamma)
-        if self.slot >= 0:
-            walk.slots[self.slot] = kept
-        return y
+    def forward(
+        self,
+        x: Tensor,
+        walk: Walk | None,
+        gamma: Tensor | None = None,
+        history: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x `[B, C, T, H, W]` -> `[B, O, T, H, W]`; `gamma`: RMS norm and SiLU come first.
 
-    def history(self, x: Tensor, walk: Walk) -> Tensor | None:
-        """The frames before x, zeros at the start of the clip."""
+        `history` stands in front of x where the state has nothing; `out` may be x itself; a 1x1x1
+        convolution needs no walk.
+        """
+        ops = walk.ops if walk else TORCH
         if self.slot < 0:
-            return None
-        stored = walk.slots[self.slot]
-        if stored is not None:
-            return stored
-        b, c, _, h, w = x.shape
-        return x.new_zeros((b, c, self.kernel_size[0] - 1, h, w))
+            return ops.causal_conv3d(x, self.weight, self.bias, None)[0]
+        if walk.slots[self.slot] is not None:
+            history = walk.slots[self.slot]
+        stride = self.stride[0]
+        y, kept = ops.causal_conv3d(x, self.weight, self.bias, history, gamma, stride, out)
+        walk.keep(self.slot, kept)
+        return y
 
 
 def number_slots(module: nn.Module) -> int:
     """Give every convolution that has a past its place in the state; returns how many there are."""
-    convs: Iterator[CausalConv3d] = (
-        m for m in module.modules() if isinstance(m, CausalConv3d) and m.kernel_size[0] > 1
-    )
-    count = 0
-    for conv in convs:
-        conv.slot, count = count, count + 1
-    return count
+    convs = [m for m in module.modules() if isinstance(m, CausalConv3d) and m.kernel_size[0] > 1]
+    for slot, conv in enumerate(convs):
+        conv.slot = slot
+    return len(convs)
 
 
 class RmsNorm(nn.Module):
-    """Scale each pixel's channel vector to length sqrt(C), then by gamma."""
+    """Holds the gamma of an RMS norm over channels."""
 
     def __init__(self, dim: int, spatial_dims: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm_channels(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -105,7 +123,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         y = conv1(x, walk, gamma=norm1.gamma)
-        y = conv2(y, walk, gamma=norm2.gamma)
+        y = conv2(y, walk, gamma=norm2.gamma, out=reusable(y))
         if isinstance(self.shortcut, CausalConv3d):
             x = self.shortcut(x, walk)
         return y.add_(x)
@@ -121,14 +139,19 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        b, c, t, h, w = x.shape
-        frames = x.transpose(1, 2).reshape(b * t, c, h, w)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # [BT, HW, 3C]
-        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # [BT, 1, HW, C]
-        y = F.scaled_dot_product_attention(q, k, v)
-        y = y.squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
-        y = self.proj(y).view(b, t, c, h, w).transpose(1, 2)
-        return x + y
+        return torch.cat([self._frame(frame, walk) for frame in x.split(1, 2)], dim=2)
+
+    def _frame(self, x: Tensor, walk: Walk) -> Tensor:
+        """x `[B, C, 1, H, W]`."""
+        h, w = x.shape[3:]
+        y = walk.ops.rms_norm_channels(x, self.norm.gamma)
+        qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
+        q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
+        return self._pointwise(y, self.proj, walk).add_(x)
+
+    def _pointwise(self, x: Tensor, conv: nn.Conv2d, walk: Walk) -> Tensor:
+        return walk.ops.causal_conv3d(x, conv.weight.unsqueeze(2), conv.bias, None)[0]
 
 
 class Resample(nn.Module):
@@ -141,27 +164,21 @@ class Resample(nn.Module):
     def __init__(self, dim: int, out_dim: int, mode: str) -> None:
         super().__init__()
         self.mode = mode
-        if mode.startswith("up"):
-            conv = nn.Conv2d(dim, out_dim, 3, padding=1)
-            self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
-        else:
-            conv = nn.Conv2d(dim, out_dim, 3, stride=2)
-            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+        up = mode.startswith("up")
+        conv = nn.Conv2d(dim, out_dim, 3, padding=1) if up else nn.Conv2d(dim, out_dim, 3, stride=2)
+        self.resample = nn.Sequential(nn.Identity(), conv)  # 0: the reference's upsampling or pad
         if mode == "upsample3d":
             self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1))
         elif mode == "downsample3d":
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        if self.mode == "upsample3d":
-            return self._per_frame(self._double(x, walk))
-        x = self._per_frame(x)
+        conv = self.resample[1]
+        if self.mode.startswith("up"):
+            x = self._double(x, walk) if self.mode == "upsample3d" else x
+            return walk.ops.upsample_conv2d(x, conv.weight, conv.bias)
+        x = walk.ops.downsample_conv2d(x, conv.weight, conv.bias)
         return self._halve(x, walk) if self.mode == "downsample3d" else x
-
-    def _per_frame(self, x: Tensor) -> Tensor:
-        b, c, t, h, w = x.shape
-        frames = self.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
-        return frames.view(b, t, *frames.shape[1:]).transpose(1, 2)
 
     def _double(self, x: Tensor, walk: Walk) -> Tensor:
         """`[B, C, T, H, W]` -> twice the frames; once the clip's first frame alone stays single."""
@@ -169,17 +186,54 @@ class Resample(nn.Module):
         b, c, t, h, w = x.shape
         if t == 0:
             return head
-        y = self.time_conv(x, walk)
-        y = y.view(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        y = self.time_conv(x, walk).permute(0, 2, 3, 4, 1).unflatten(-1, (2, c))
+        y = y.permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c).permute(0, 4, 1, 2, 3)
         return torch.cat([head, y], dim=2) if walk.first else y
 
     def _halve(self, x: Tensor, walk: Walk) -> Tensor:
         """Frames 2k-2, 2k-1, 2k make output frame k; the clip's first frame is output 0 as it is."""
-        conv = self.time_conv
-        stored = walk.slots[conv.slot]
-        frames = x if stored is None else torch.cat([stored, x], dim=2)
-        walk.slots[conv.slot] = x[:, :, -1:].clone()
-        if frames.shape[2] < 3:
-            return x
-        y = F.conv3d(frames, conv.weight, conv.bias, stride=conv.stride)
-        return torch.cat([x[:, :, :1], y], dim=2) if walk.first else y
+        if not walk.first:
+            return self.time_conv(x, walk)
+        head, x = x[:, :, :1], x[:, :, 1:]
+        if x.shape[2] == 0:
+            walk.keep(self.time_conv.slot, head.clone())
+            return head
+        return torch.cat([head, self.time_conv(x, walk, history=head)], dim=2)
+
+
+def patchify(video: Tensor, p: int) -> Tensor:
+    """`[B, C, F, H, W]` -> `[B, C*p*p, F, H/p, W/p]`; inside C the row offset runs fastest."""
+    b, c, f, h, w = video.shape
+    x = video.reshape(b, c, f, h // p, p, w // p, p)  # rows then columns
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, f, h // p, w // p)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """The inverse of patchify."""
+    b, c, f, h, w = x.shape
+    x = x.reshape(b, c // (p * p), p, p, f, h, w)  # columns then rows
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (p * p), f, h * p, w * p)
+
+
+def average_down(x: Tensor, out_dim: int, ft: int, fs: int) -> Tensor:
+    """Space-time to channels, then the mean of neighbouring channels: the shortcut of a down stage.
+
+    x `[B, C, T, H, W]` -> `[B, out_dim, T/ft, H/fs, W/fs]`; an odd clip start gets a zero frame.
+    """
+    x = F.pad(x, (0, 0, 0, 0, (-x.shape[2]) % ft, 0))
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    x = x.reshape(b, t // ft, h // fs, w // fs, out_dim, -1).mean(dim=-1)
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def duplicate_up(x: Tensor, out_dim: int, ft: int, fs: int, first: bool) -> Tensor:
+    """Repeat channels, then channels to space-time: the shortcut of an up stage.
+
+    x `[B, C, T, H, W]` -> `[B, out_dim, T*ft, H*fs, W*fs]`, less `ft - 1` frames at a clip's start.
+    """
+    b, c, t, h, w = x.shape
+    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(out_dim * ft * fs * fs // c, dim=-1)
+    x = x.view(b, t, h, w, out_dim, ft, fs, fs).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(b, t * ft, h * fs, w * fs, out_dim).permute(0, 4, 1, 2, 3)
+    return x[:, :, ft - 1 :] if first else x

@@ -1,6 +1,6 @@
 """Ask nano for held-out prompts, read the clips back with the scorer, count what agrees.
 
-    python -m wanrt.nano.evaluate --prompts 256
+python -m wanrt.nano.evaluate --prompts 256
 """
 
 import argparse

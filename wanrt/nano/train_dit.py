@@ -1,8 +1,8 @@
 """Train nano's transformer and text encoder: cache latents of rendered clips, then flow matching.
 
-    python -m wanrt.nano.train_dit encode --work DIR --size 64 --clips 3000
-    python -m wanrt.nano.train_dit train  --work DIR --size 64 --minutes 30     (resumes)
-    python -m wanrt.nano.train_dit export --work DIR --out wanrt/nano/weights
+python -m wanrt.nano.train_dit encode --work DIR --size 64 --clips 3000
+python -m wanrt.nano.train_dit train  --work DIR --size 64 --minutes 30     (resumes)
+python -m wanrt.nano.train_dit export --work DIR --out wanrt/nano/weights
 """
 
 import argparse
@@ -105,7 +105,9 @@ def load_latents(work: Path, size: int) -> Latents:
     return Latents(torch.cat([shard["latents"] for shard in shards]), scenes)
 
 
-def collapsed_context(model: Nano, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+def collapsed_context(
+    model: Nano, tokenizer: Tokenizer, captions: list[str]
+) -> tuple[Tensor, Tensor]:
     """Text rows and key bias in which one zero row stands for all the 512 - n padding rows.
 
     Returns context `[B, n+1, D]` and bias `[B, n+1]`: 0 for text, log(512 - n) for the first
@@ -121,10 +123,8 @@ def collapsed_context(model: Nano, tokenizer: Tokenizer, captions: list[str]) ->
     return context, torch.where(place == length, pads, bias)
 
 
-def flow_loss(
-    model: Nano, tokenizer: Tokenizer, x0: Tensor, captions: list[str]
-) -> Tensor:
-    """Mean squared error of the predicted velocity at noise levels drawn by the shifted schedule."""
+def flow_loss(model: Nano, tokenizer: Tokenizer, x0: Tensor, captions: list[str]) -> Tensor:
+    """Mean squared error of the velocity, at noise levels drawn by the shifted schedule."""
     u = torch.rand(len(x0))
     sigma = TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u)
     noise = torch.randn_like(x0)

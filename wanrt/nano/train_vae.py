@@ -1,7 +1,7 @@
-"""Train nano's VAE: single frames first, then longer and longer clips, then fold its latent statistics in.
+"""Train nano's VAE: frames, then longer and longer clips; fold its latent statistics in.
 
-    python -m wanrt.nano.train_vae --work DIR --minutes 50      (resumes from DIR/vae.pt)
-    python -m wanrt.nano.train_vae --work DIR --export wanrt/nano/weights/vae.safetensors
+python -m wanrt.nano.train_vae --work DIR --minutes 110     (resumes from DIR/vae.pt)
+python -m wanrt.nano.train_vae --work DIR --export wanrt/nano/weights/vae.safetensors
 """
 
 import argparse
@@ -9,8 +9,9 @@ import copy
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,29 +22,37 @@ from torch import Tensor, nn
 from wanrt.config import NANO
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE, channels_last
 from wanrt.models.vae_layers import CausalConv3d, Resample, Walk
+from wanrt.nano.language import BACKGROUNDS, COLORS
 from wanrt.nano.scenes import render, sample
 
 SIZE, SPAN, CROP = 96, 33, 48
+FREE_COLORS, MIN_CONTRAST = 0.7, 50.0  # share of clips in any colours; RGB distance
 LOG_VAR_START = -6.0
-KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 1e-3
+KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 2e-3
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a step sees during a share of the training time."""
+class Shape(NamedTuple):
+    """Frames, side of the crop in pixels, and clips of one training step."""
 
-    until: float  # share of the whole training time
     num_frames: int
     crop: int
     batch: int
 
 
-# Long clips at the end: the history of the deepest layers reaches back over a whole clip.
+@dataclass(frozen=True)
+class Stage:
+    """What steps look like during a share of the training time; of several shapes one at random."""
+
+    until: float
+    shapes: tuple[Shape, ...]
+
+
+# Long clips too: the history of the deepest layers reaches back over a whole clip.
 STAGES = (
-    Stage(0.28, 1, CROP, 16),
-    Stage(0.42, 5, CROP, 6),
-    Stage(0.65, 17, CROP, 2),
-    Stage(1.00, SPAN, CROP, 1),
+    Stage(0.17, (Shape(1, CROP, 16),)),
+    Stage(0.26, (Shape(5, CROP, 6),)),
+    Stage(0.40, (Shape(17, CROP, 2),)),
+    Stage(1.00, (Shape(1, CROP, 16), Shape(9, CROP, 4), Shape(SPAN, CROP, 1))),
 )
 
 
@@ -61,17 +70,29 @@ def render_batch(count: int, rng: np.random.Generator, held_out: bool = False) -
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def clip_batch(stage: Stage, rng: np.random.Generator) -> Tensor:
+def clip_batch(shape: Shape, rng: np.random.Generator) -> Tensor:
     """Training pixels `[B, 3, F, crop, crop]` in [-1, 1], each crop near the moving object."""
     clips = []
-    for _ in range(stage.batch):
-        start = int(rng.integers(0, SPAN - stage.num_frames + 1))
-        scene = sample(rng).scene
-        clip = render(scene, stage.num_frames, SIZE, rng, span=SPAN, start=start)
-        top, left = _crop_corner(clip, stage.crop, rng)
-        clips.append(clip[:, top : top + stage.crop, left : left + stage.crop])
+    for _ in range(shape.batch):
+        start = int(rng.integers(0, SPAN - shape.num_frames + 1))
+        scene, free = sample(rng).scene, rng.random() < FREE_COLORS
+        scene = replace(scene, color="white", background="black") if free else scene
+        clip = render(scene, shape.num_frames, SIZE, rng, span=SPAN, start=start)
+        clip = recolor(clip, rng) if free else clip
+        top, left = _crop_corner(clip, shape.crop, rng)
+        clips.append(clip[:, top : top + shape.crop, left : left + shape.crop])
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
     return pixels.float() / 127.5 - 1
+
+
+def recolor(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """White on black to any two colours of RGB, so that no pair looks alike to the VAE."""
+    black, white = BACKGROUNDS["black"][0], COLORS["white"][0]
+    coverage = (clip.astype(np.float32) - black) / (white - black)  # [F, S, S, 3]
+    while True:
+        ground, paint = rng.integers(0, 256, (2, 3)).astype(np.float32)
+        if np.linalg.norm(paint - ground) >= MIN_CONTRAST:
+            return (ground + coverage * (paint - ground) + 0.5).astype(np.uint8)
 
 
 def _crop_corner(clip: np.ndarray, crop: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -122,6 +143,34 @@ def initialise(vae: WanVAE) -> None:
     vae.conv1.bias[NANO.vae.z_dim :] = LOG_VAR_START
 
 
+class Matrix(NamedTuple):
+    """A convolution's weight and the same memory as a matrix `[O, C*kt*kh*kw]`."""
+
+    weight: nn.Parameter
+    view: Tensor
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """A convolution's weight, not a norm's `[C, 1, 1, 1]`."""
+    return p.ndim > 3 and p[0].numel() > 8
+
+
+def make_optimizers(vae: WanVAE) -> tuple[list[torch.optim.Optimizer], list[Matrix]]:
+    """Muon for the inner convolutions, as matrices; AdamW for the rest."""
+    outer = {id(vae.encoder.conv1.weight), id(vae.decoder.head[2].weight)}
+    inner = [p for p in vae.parameters() if _is_matrix(p) and id(p) not in outer]
+    matrices = [Matrix(p, p.detach().flatten(1)) for p in inner]
+    chosen = set(map(id, inner))
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(
+        [matrix.view for matrix in matrices],
+        lr=LEARNING_RATE,
+        weight_decay=0.01,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=1e-4)], matrices
+
+
 def train(work: Path, minutes: float, seed: int) -> None:
     """Train until `minutes` of training time are spent in all, over any number of sittings."""
     work.mkdir(parents=True, exist_ok=True)
@@ -129,42 +178,53 @@ def train(work: Path, minutes: float, seed: int) -> None:
     vae = WanVAE(NANO.vae)
     initialise(vae)
     ema = copy.deepcopy(vae).requires_grad_(False)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    optimizers, matrices = make_optimizers(vae)
     progress, checkpoint = Progress(), work / "vae.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         vae.load_state_dict(state["vae"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         progress = Progress(**state["progress"])
     rng = np.random.default_rng([seed, progress.step])
     saved = time.monotonic()
     while (share := progress.seconds / (60 * minutes)) < 1:
         begin = time.monotonic()
-        stage = next(s for s in STAGES if share < s.until)
+        shapes = next(s for s in STAGES if share < s.until).shapes
+        shape = shapes[rng.integers(len(shapes))]
         warm_up = min(1.0, (progress.step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warm_up * (0.02 + 0.98 * math.cos(math.pi / 2 * share) ** 2)
+        rate = LEARNING_RATE * warm_up * (0.02 + 0.98 * math.cos(math.pi / 2 * share) ** 2)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, psnr = loss_of(vae, clip_batch(stage, rng))
-        optimizer.zero_grad(set_to_none=True)
+            loss, psnr = loss_of(vae, clip_batch(shape, rng))
+        vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        for matrix in matrices:
+            grad = matrix.weight.grad  # None where single frames bypass a temporal convolution
+            matrix.view.grad = None if grad is None else grad.flatten(1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         decay = min(EMA_DECAY, (progress.step + 1) / (progress.step + 10))
         for a, b in zip(ema.parameters(), vae.parameters(), strict=True):
             a.lerp_(b.detach(), 1 - decay)
         progress.step += 1
         progress.seconds += time.monotonic() - begin
         if progress.step % 50 == 0:
-            line = asdict(progress) | {"frames": stage.num_frames, "loss": loss.item(), "psnr": psnr}
+            line = asdict(progress) | {"shape": shape, "loss": loss.item(), "psnr": psnr}
             with (work / "vae.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
         if time.monotonic() - saved > 120 or progress.seconds >= 60 * minutes:
             saved = time.monotonic()
-            states = {"vae": vae, "ema": ema, "optimizer": optimizer}
-            payload = {name: part.state_dict() for name, part in states.items()}
-            torch.save(payload | {"progress": asdict(progress)}, checkpoint.with_suffix(".tmp"))
+            payload = {
+                "vae": vae.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "progress": asdict(progress),
+            }
+            torch.save(payload, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
@@ -218,7 +278,7 @@ def export(work: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--minutes", type=float, default=110)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()

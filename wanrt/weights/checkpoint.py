@@ -52,9 +52,9 @@ class Checkpoint:
         container = "pickle" if isinstance(part, PickleFile) else "safetensors"
         return cls(path, container, dict.fromkeys(part.tensors, part))
 
-    def read(self, name: str) -> Tensor:
-        """The stored tensor in fresh memory. Peak: that tensor."""
-        return self._parts[name].read(name)
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """The stored tensor, or these rows of it (step 1), in fresh memory."""
+        return self._parts[name].read(name, rows)
 
 
 def is_weights(path: Path) -> bool:

@@ -28,6 +28,7 @@ KIND_NAMES = {
     "lora": "a LoRA",
     "unknown": "nothing wanrt knows",
 }
+UNREADABLE = "unreadable"  # title of a broken file
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 _COMFY_MARKS = ("spiece_model", "scaled_fp8", "comfy_quant")
@@ -121,7 +122,7 @@ def _identify_or_note(path: Path) -> list[Detected]:
     try:
         return identify(Checkpoint.open(path))
     except FormatError as error:
-        return [Detected("unknown", "unreadable", path, "", note=error.reason)]
+        return [Detected("unknown", UNREADABLE, path, "", note=error.reason)]
 
 
 def _detect(checkpoint: Checkpoint, component: Component, others: list[Component]) -> Detected:

@@ -32,8 +32,11 @@ def resolve_model(name: str, offline: bool = False) -> Path:
     unless `offline`. Raises UsageError.
     """
     if name == NANO.id:
-        if not NANO_WEIGHTS.is_dir():
-            raise UsageError(f"the embedded model is not in {NANO_WEIGHTS}; install wanrt again")
+        if not (NANO_WEIGHTS / "dit.safetensors").is_file():
+            raise UsageError(
+                f"nano's weights are not in {NANO_WEIGHTS}: this version comes without them; "
+                "name another model (--model)"
+            )
         return NANO_WEIGHTS
     if name in MODELS:
         return _download(f"Wan-AI/{MODELS[name].title}", offline)

@@ -69,7 +69,9 @@ def write_model(
     """
     files = [f for f in _FILES[layout](model, out, precision) if f.kind in components]
     planned = [(f, list(_pieces(f, layout, values, precision))) for f in files]
-    _check_space(out, sum(piece.num_bytes for _, pieces in planned for piece in pieces))
+    sizes = {file.path: sum(piece.num_bytes for piece in pieces) for file, pieces in planned}
+    scratch = max((size for path, size in sizes.items() if path.suffix == ".pth"), default=0)
+    _check_space(out, sum(sizes.values()) + scratch)
     for file, pieces in planned:
         if file.path.suffix == ".pth":
             write_pickle(file.path, pieces)

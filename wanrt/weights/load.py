@@ -47,7 +47,7 @@ def load_component(
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
-    Raises FormatError. Peak: the model and one stored tensor.
+    Raises FormatError. Peak: the model and a few MiB on the CPU; one tensor more for a device.
     """
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec)

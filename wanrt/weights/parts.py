@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wanrt.config import DitSpec
 from wanrt.errors import FormatError
-from wanrt.weights.detect import KIND_NAMES, Detected, describe
+from wanrt.weights.detect import KIND_NAMES, UNREADABLE, Detected, describe
 from wanrt.weights.names import Kind
 from wanrt.weights.titles import expert
 
@@ -62,7 +62,7 @@ def find_parts(
     """model: a folder in any layout, one part's folder, or a file; the others override its parts.
 
     Of several files of one kind, those that cannot belong to the transformer drop out; if more than
-    one is left, FormatError lists them.
+    one is left, FormatError lists them. A part may be missing, unless a broken file may be it.
     """
     model = Path(model)
     found = _look(model)
@@ -79,6 +79,9 @@ def find_parts(
             chosen[kind] = find_component(Path(path), kind)
         elif kind != "clip" or spec is None or spec.image_dim is not None:
             chosen[kind] = _choose(model, found, kind, spec)
+    for kind in FLAGS:
+        if kind in chosen and chosen[kind] is None:
+            _blame_unreadable(found, kind)
     present = {name: detected for name, detected in chosen.items() if detected}
     paths = {name: detected.path for name, detected in present.items()}
     return Parts(**paths, tokenizer=_tokenizer(model, paths.get("umt5")), found=present)
@@ -94,12 +97,20 @@ def find_component(path: Path, kind: Kind) -> Detected:
         chosen = _choose(path, found, kind, dit)
     if chosen:
         return chosen
+    _blame_unreadable(found, kind)
     if len(found) == 1:
         note = f" ({found[0].note})" if found[0].kind == "unknown" else ""
         what = f"this is {found[0]}{note}"
     else:
         what = "holds " + ("; ".join(f"{d.path.name}: {d}" for d in found[:5]) or "no weights")
     raise FormatError(path, f"{what}; {KIND_NAMES[kind]} was asked for")
+
+
+def _blame_unreadable(found: list[Detected], kind: Kind) -> None:
+    """Where a part is missing and a file is broken, the file is what the user must hear of."""
+    for broken in found:
+        if broken.title == UNREADABLE:
+            raise FormatError(broken.path, broken.note, f"and no other file is {KIND_NAMES[kind]}")
 
 
 def _look(path: Path) -> list[Detected]:

@@ -33,9 +33,12 @@ class PickleFile:
             for name, tensor in self._state.items()
         }
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in fresh memory, as stored."""
-        return self._state[name].clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """The tensor, or some of its rows, in fresh memory, as stored."""
+        tensor = self._state[name]
+        if rows is not None:
+            tensor = tensor[rows.start : rows.stop]
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_zip(path: Path) -> None:

@@ -25,31 +25,29 @@ _READABLE = (
     "int8_rowwise",
 )
 _REMEDY = "use the fp16, bf16 or fp8_scaled file"
-_CHUNK = 2**20  # elements dequantised at a time: 4 MiB of fp32
+_PIECE = 2**20  # elements converted at a time: 4 MiB of fp32
 
 
 def read_plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype`, dequantised where it is quantised.
 
-    The product with the scale is made in fp32. Peak: the stored tensor, the result and 4 MiB.
+    The product with the scale is made in fp32. Peak beside the result: a few MiB, as a tensor that
+    must change is read in pieces.
     """
     info = checkpoint.tensors[name]
     scale = _scale(checkpoint, name)
-    if scale is None and info.dtype == dtype:
-        return checkpoint.read(name)
-    plain = torch.empty(
-        info.shape, dtype=dtype
-    )  # first: what is freed then lies above it in the heap
-    raw = checkpoint.read(name)
-    if scale is None:
-        return plain.copy_(raw)
-    if raw.dtype == torch.uint8:
-        raw = raw.view(torch.float8_e4m3fn)
-    step = max(1, _CHUNK * len(raw) // max(1, raw.numel()))
-    scale = scale.expand(len(raw), *[1] * (raw.dim() - 1))
-    for start in range(0, len(raw), step):
-        rows = slice(start, start + step)
-        plain[rows] = raw[rows].float().mul_(scale[rows])
+    if (scale is None and info.dtype == dtype) or not info.shape:
+        return checkpoint.read(name).to(dtype)
+    plain = torch.empty(info.shape, dtype=dtype)
+    num_rows = info.shape[0]
+    step = max(1, _PIECE * num_rows // max(1, info.numel))
+    for start in range(0, num_rows, step):
+        rows = range(start, min(start + step, num_rows))
+        piece = checkpoint.read(name, rows)
+        if scale is not None:
+            piece = piece.view(FP8[0]) if piece.dtype == torch.uint8 else piece
+            piece = piece.float().mul_(scale if len(scale) == 1 else scale[start : rows.stop])
+        plain[start : rows.stop] = piece
     return plain
 
 

@@ -83,13 +83,17 @@ class SafetensorsFile:
             self._begin[name] = data_start + begin
         _check_ranges(path, entries, path.stat().st_size - data_start)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in fresh memory, as stored. Cost: one plain read, nothing stays mapped."""
-        info = self.tensors[name]
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """The tensor, or some of its rows, in fresh memory, as stored; nothing stays mapped."""
+        info, begin = self.tensors[name], self._begin[name]
+        if rows is not None:
+            part = TensorInfo(info.dtype, (len(rows), *info.shape[1:]), self.path)
+            begin += rows.start * (info.num_bytes // info.shape[0])
+            info = part
         raw = torch.empty(info.num_bytes, dtype=torch.uint8)
         rest = memoryview(raw.numpy())
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._begin[name])
+            file.seek(begin)
             while len(rest):  # one call returns 2 GiB at most
                 count = file.readinto(rest)
                 if not count:

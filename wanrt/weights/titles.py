@@ -7,7 +7,8 @@ from typing import Literal
 from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2, ClipSpec, DitSpec, Task, Umt5Spec, VaeSpec
 from wanrt.weights.specs import Spec
 
-_EXPERT = re.compile(r"(high|low)[-_]?noise")
+# "high_noise_model", "Wan2_2-T2V-A14B-LOW_fp8"
+_EXPERT = re.compile(r"(high|low)[-_]?noise|(?:2[._]2|a14b).*[-_](high|low)(?=[-_.])")
 
 
 def dit_task(spec: DitSpec) -> Task:
@@ -27,7 +28,7 @@ def expert(path: Path) -> Literal["high", "low"] | None:
     if path.parent.name in ("transformer_2", "transformer"):
         return "low" if path.parent.name == "transformer_2" else None
     found = _EXPERT.search(f"{path.parent.name}/{path.name}".lower())
-    return found[1] if found else None
+    return (found[1] or found[2]) if found else None
 
 
 def title_of(spec: Spec, path: Path) -> tuple[str, str]:

@@ -74,15 +74,19 @@ def write_sharded(path: Path, pieces: Sequence[Piece], max_shard: int = MAX_SHAR
 
 def write_pickle(path: Path, pieces: Sequence[Piece]) -> None:
     """A state dict as torch.save writes it. Peak: one tensor; the rest waits in a scratch file."""
-    with _new_file(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        state = {}
-        for i, piece in enumerate(pieces):
-            numel = TensorInfo(piece.dtype, piece.shape, path).numel
-            backing = str(Path(scratch) / str(i))
-            mapped = torch.from_file(backing, shared=True, size=numel, dtype=piece.dtype)
-            state[piece.name] = mapped.view(piece.shape).copy_(_values(piece))
+    with _new_file(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        files = (Path(folder) / str(i) for i in range(len(pieces)))
+        state = {p.name: _on_disk(p, file) for p, file in zip(pieces, files, strict=True)}
         with open(path, "xb") as file:
             torch.save(state, file)
+        state.clear()  # unmaps the files, without which Windows could not remove them
+
+
+def _on_disk(piece: Piece, file: Path) -> Tensor:
+    """The piece's values in memory that is this file's."""
+    numel = TensorInfo(piece.dtype, piece.shape, file).numel
+    mapped = torch.from_file(str(file), shared=True, size=numel, dtype=piece.dtype)
+    return mapped.view(piece.shape).copy_(_values(piece))
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
