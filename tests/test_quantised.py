@@ -110,11 +110,12 @@ QUANTISED: dict[str, Callable[[Tensor], tuple[Tensor, str, Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("piece", [100, 1000], ids=["less than a row", "7 rows, 3 at the end"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_other_quantised_files(
-    case: str, t2v: WanSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, piece: int, t2v: WanSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "_PIECE", 1000)  # 7 rows of 128 at a time, 3 at the end
+    monkeypatch.setattr(quantised, "_PIECE", piece)
 
     def change(stem: str, values: Tensor) -> dict[str, Tensor]:
         weight, leaf, scale = QUANTISED[case](values)

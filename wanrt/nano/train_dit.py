@@ -75,19 +75,20 @@ class Latents:
     scenes: list[Scene]
 
 
-def encode(work: Path, size: int, num_clips: int, seed: int) -> None:
-    """Render and encode `num_clips` training clips into shards of their own seed."""
-    vae = load_component(WEIGHTS / "vae.safetensors", "vae", dtype=torch.bfloat16)
+def encode(
+    work: Path, size: int, num_clips: int, seed: int, vae: nn.Module, shard: int = SHARD
+) -> None:
+    """Render and encode `num_clips` training clips, rounded up to whole shards; resumes."""
     index = {scene: i for i, scene in enumerate(combinations())}
     folder = work / f"latents-{size}"
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(math.ceil(num_clips / SHARD)):
-        path = folder / f"{seed:04d}-{shard:04d}.safetensors"
+    for number in range(math.ceil(num_clips / shard)):
+        path = folder / f"{seed:04d}-{number:04d}.safetensors"
         if path.exists():
             continue
-        rng = np.random.default_rng([seed, shard, size])
+        rng = np.random.default_rng([seed, number, size])
         scenes, latents = [], []
-        for _ in range(SHARD):
+        for _ in range(shard):
             scene = sample(rng).scene
             clip = torch.from_numpy(render(scene, SPAN, size, rng)).permute(3, 0, 1, 2)
             latents.append(vae.encode(clip[None].float() / 127.5 - 1).half())
@@ -245,7 +246,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     if args.command == "encode":
-        encode(args.work, args.size, args.clips, args.seed)
+        vae = load_component(WEIGHTS / "vae.safetensors", "vae", dtype=torch.bfloat16)
+        encode(args.work, args.size, args.clips, args.seed, vae)
     elif args.command == "train":
         train(args.work, args.size, args.minutes, args.batch, args.rate, args.seed)
     else:

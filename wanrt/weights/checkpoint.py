@@ -52,9 +52,12 @@ class Checkpoint:
         container = "pickle" if isinstance(part, PickleFile) else "safetensors"
         return cls(path, container, dict.fromkeys(part.tensors, part))
 
-    def read(self, name: str, rows: range | None = None) -> Tensor:
-        """The stored tensor, or these rows of it (step 1), in fresh memory."""
-        return self._parts[name].read(name, rows)
+    def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
+        """The stored tensor, or these rows of it (step 1), in fresh memory.
+
+        `buffer`: uint8 memory to use instead, where it is large enough.
+        """
+        return self._parts[name].read(name, rows, buffer)
 
 
 def is_weights(path: Path) -> bool:

@@ -52,9 +52,9 @@ def resolve_model(name: str, offline: bool = False) -> Path:
 def _download(repository: str, offline: bool) -> Path:
     """The local snapshot of a repository; from the cache alone when offline."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    offline = offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+    offline = offline or bool(constants.HF_HUB_OFFLINE)
     try:
         folder = huggingface_hub.snapshot_download(
             repository, allow_patterns=_PATTERNS, local_files_only=offline

@@ -20,7 +20,7 @@ from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.detect import Detected, shape_of, translate
 from wanrt.weights.names import Kind, Source
 from wanrt.weights.parts import find_component
-from wanrt.weights.quantised import check_formats, read_plain
+from wanrt.weights.quantised import PlainReader, check_formats
 from wanrt.weights.specs import Spec
 
 _CLASSES: dict[Kind, tuple[str, str]] = {
@@ -47,7 +47,7 @@ def load_component(
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
-    Raises FormatError. Peak: the model and a few MiB on the CPU; one tensor more for a device.
+    Raises FormatError. Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec)
@@ -58,10 +58,10 @@ def load_component(
     total = sum(
         checkpoint.tensors[n].num_bytes for source in sources.values() for n in source.stored
     )
-    done = 0
+    reader, done = PlainReader(checkpoint), 0
     for name, source in sources.items():
         wanted = torch.float32 if fp32.search(name) else dtype
-        tensor = _read(checkpoint, source, wanted)
+        tensor = _read(reader, source, shape_of(source, checkpoint.tensors), wanted)
         if check:
             _check_finite(checkpoint, source, tensor)
         _assign(module, name, tensor.to(device))
@@ -115,13 +115,14 @@ def read_spiece(path: str | Path) -> bytes | None:
     return None
 
 
-def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:
-    shape = shape_of(source, checkpoint.tensors)
+def _read(
+    reader: PlainReader, source: Source, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     if len(source.stored) == 1:
-        return read_plain(checkpoint, source.stored[0], dtype).view(shape)
+        return reader.read(source.stored[0], dtype).view(shape)
     fused, row = torch.empty(shape, dtype=dtype), 0
     for name in source.stored:
-        part = read_plain(checkpoint, name, dtype)
+        part = reader.read(name, dtype)
         fused[row : row + len(part)] = part
         row += len(part)
     return fused

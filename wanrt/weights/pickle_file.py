@@ -33,12 +33,14 @@ class PickleFile:
             for name, tensor in self._state.items()
         }
 
-    def read(self, name: str, rows: range | None = None) -> Tensor:
-        """The tensor, or some of its rows, in fresh memory, as stored."""
+    def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
+        """The tensor or some rows of it, as stored, in fresh memory or in `buffer` (uint8)."""
         tensor = self._state[name]
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
-        return tensor.clone(memory_format=torch.contiguous_format)
+        if buffer is None or buffer.numel() < tensor.nbytes:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _check_zip(path: Path) -> None:

@@ -28,27 +28,43 @@ _REMEDY = "use the fp16, bf16 or fp8_scaled file"
 _PIECE = 2**20  # elements converted at a time: 4 MiB of fp32
 
 
-def read_plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, dequantised where it is quantised.
+class PlainReader:
+    """Reads tensors in a wanted dtype, dequantised where they are quantised.
 
-    The product with the scale is made in fp32. Peak beside the result: a few MiB, as a tensor that
-    must change is read in pieces.
+    What must change is read in pieces through two buffers that live as long as the reader: with
+    fresh memory for each piece, the heap between the model's tensors would fill with holes.
     """
-    info = checkpoint.tensors[name]
-    scale = _scale(checkpoint, name)
-    if (scale is None and info.dtype == dtype) or not info.shape:
-        return checkpoint.read(name).to(dtype)
-    plain = torch.empty(info.shape, dtype=dtype)
-    num_rows = info.shape[0]
-    step = max(1, _PIECE * num_rows // max(1, info.numel))
-    for start in range(0, num_rows, step):
-        rows = range(start, min(start + step, num_rows))
-        piece = checkpoint.read(name, rows)
-        if scale is not None:
-            piece = piece.view(FP8[0]) if piece.dtype == torch.uint8 else piece
-            piece = piece.float().mul_(scale if len(scale) == 1 else scale[start : rows.stop])
-        plain[start : rows.stop] = piece
-    return plain
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stored = torch.empty(_PIECE * 4, dtype=torch.uint8)
+        self._product = torch.empty(_PIECE, dtype=torch.float32)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`; its product with a scale is made in fp32. Peak: the result."""
+        info = self._checkpoint.tensors[name]
+        scale = _scale(self._checkpoint, name)
+        if (scale is None and info.dtype == dtype) or not info.shape:
+            return self._checkpoint.read(name).to(dtype)
+        plain = torch.empty(info.shape, dtype=dtype)
+        num_rows = info.shape[0]
+        step = max(1, _PIECE * num_rows // max(1, info.numel))
+        for start in range(0, num_rows, step):
+            rows = range(start, min(start + step, num_rows))
+            piece = self._checkpoint.read(name, rows, self._stored)
+            if scale is not None:
+                piece = self._times(piece, scale if len(scale) == 1 else scale[start : rows.stop])
+            plain[start : rows.stop] = piece
+        return plain
+
+    def _times(self, piece: Tensor, scale: Tensor) -> Tensor:
+        """fp32; bytes are fp8, as some files declare them."""
+        if piece.dtype == torch.uint8:
+            piece = piece.view(FP8[0])
+        if piece.numel() > self._product.numel():  # one row larger than the buffer
+            return piece.float().mul_(scale)
+        product = self._product[: piece.numel()].view(piece.shape)
+        return product.copy_(piece).mul_(scale)
 
 
 def scale_name(checkpoint: Checkpoint, name: str) -> str | None:
@@ -105,7 +121,7 @@ def _scale(checkpoint: Checkpoint, name: str) -> Tensor | None:
 def quantise(piece: Piece, *, scaled: bool) -> Iterator[Piece]:
     """A matrix to be written as fp8: cast, or divided by amax / 448 with that scale beside it.
 
-    The inverse of `read_plain`. The scale is known once the weight is made, so it comes second.
+    The inverse of PlainReader. The scale is known once the weight is made, so it comes second.
     """
     scales: list[Tensor] = []
 

@@ -9,7 +9,7 @@ Source: safetensors format description, github huggingface/safetensors README.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,15 @@ class SafetensorsFile:
             self._begin[name] = data_start + begin
         _check_ranges(path, entries, path.stat().st_size - data_start)
 
-    def read(self, name: str, rows: range | None = None) -> Tensor:
-        """The tensor, or some of its rows, in fresh memory, as stored; nothing stays mapped."""
+    def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
+        """The tensor or some rows of it, as stored, in fresh memory or in `buffer` (uint8)."""
         info, begin = self.tensors[name], self._begin[name]
         if rows is not None:
-            part = TensorInfo(info.dtype, (len(rows), *info.shape[1:]), self.path)
             begin += rows.start * (info.num_bytes // info.shape[0])
-            info = part
-        raw = torch.empty(info.num_bytes, dtype=torch.uint8)
+            info = replace(info, shape=(len(rows), *info.shape[1:]))
+        if buffer is None or buffer.numel() < info.num_bytes:
+            buffer = torch.empty(info.num_bytes, dtype=torch.uint8)
+        raw = buffer[: info.num_bytes]
         rest = memoryview(raw.numpy())
         with open(self.path, "rb", buffering=0) as file:
             file.seek(begin)

@@ -1,0 +1,147 @@
+"""`wanrt bench vae`: decode with the true-size VAE 2.1 beside diffusers', on the same weights.
+
+Times are medians of alternating runs in one process. Peak memory is what a decode adds to the
+resident memory of a fresh process that holds the weights, by Linux's VmHWM.
+"""
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanrt.bench.measure import alternate, check_close, machine
+from wanrt.config import VAE_2_1
+from wanrt.errors import UsageError
+from wanrt.models.vae import LATENT_STATISTICS, WanVAE
+from wanrt.weights.names import to_diffusers
+
+Decode = Callable[[Tensor], Tensor]
+
+LATENT_FRAMES = 3  # 9 frames
+FLOP_PER_PIXEL = 275.4e12 / (81 * 480 * 832)  # FLOP per output pixel and frame, counted for 81
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LIMITS = {"fp32": 1e-4, "bf16": 6e-2}  # bf16: two roads through 40 layers, pixels in [-1, 1]
+
+
+def main(
+    device: str, peer: str | None, dtypes: list[str], sizes: list[str], repeats: int, as_json: bool
+) -> None:
+    """Check, then time; a line per dtype and size. Raises NumericsError where the two disagree."""
+    if peer not in (None, "diffusers"):
+        raise UsageError(f"peer {peer!r} is not known; choose diffusers or leave it out")
+    about = machine(device)
+    if not as_json:
+        about_text = ", ".join(f"{key} {value}" for key, value in about.items() if value)
+        print(f"VAE 2.1 decode, 9 frames, {about_text}")
+    for name in dtypes:
+        if name not in _DTYPES:
+            raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_DTYPES)}")
+        for size in sizes:
+            row = {"bench": "vae", "dtype": name, "size": size}
+            row |= measure(device, peer, name, _latent_size(size), repeats)
+            print(json.dumps(row | about) if as_json else _line(row), flush=True)
+
+
+def _latent_size(size: str) -> tuple[int, int]:
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()) or int(width) % 8 or int(height) % 8:
+        raise UsageError(f"size {size!r}: write WIDTHxHEIGHT in multiples of 8, as 96x96")
+    return int(height) // 8, int(width) // 8
+
+
+@torch.inference_mode()
+def measure(
+    device: str, peer: str | None, name: str, size: tuple[int, int], repeats: int
+) -> dict[str, float]:
+    """Seconds and peak bytes of ours and of the peer, their ratios and their relative error."""
+    names = ("wanrt", "diffusers") if peer else ("wanrt",)
+    decoders = {who: make_decoder(who, name, device) for who in names}
+    latents = torch.randn(1, 16, LATENT_FRAMES, *size, device=device)
+    result: dict[str, float] = {}
+    if peer:
+        ours, theirs = (decoders[who](latents) for who in names)
+        result["error"] = check_close(name, ours, theirs, _LIMITS[name])
+    runs = {who: partial(decode, latents) for who, decode in decoders.items()}
+    for who, seconds in alternate(runs, repeats, device).items():
+        result[f"{who}_s"] = seconds
+    work = FLOP_PER_PIXEL * (4 * LATENT_FRAMES - 3) * size[0] * size[1] * 64
+    result["wanrt_gflops"] = work / result["wanrt_s"] / 1e9
+    del decoders, runs  # the children of the memory measurement need the room
+    gc.collect()
+    for who in names:
+        result[f"{who}_peak"] = _peak_in_child(who, name, device, size)
+    if peer:
+        result["ratio"] = result["wanrt_s"] / result["diffusers_s"]
+        result["peak_ratio"] = result["wanrt_peak"] / result["diffusers_peak"]
+    return result
+
+
+def make_decoder(who: str, name: str, device: str) -> Decode:
+    """The decode of one side, on random weights that are the same for both."""
+    torch.manual_seed(0)
+    ours = WanVAE(VAE_2_1).eval().requires_grad_(False)
+    if who == "wanrt":
+        return ours.to(device, _DTYPES[name]).decode
+    from diffusers import AutoencoderKLWan
+
+    theirs = AutoencoderKLWan().eval().requires_grad_(False)
+    state = ours.state_dict()
+    sources = to_diffusers(state, "vae", VAE_2_1)
+    theirs.load_state_dict({sources[n].stored[0]: state[n] for n in state})
+    theirs.to(device, _DTYPES[name])
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1).to(device) for v in LATENT_STATISTICS[16])
+    return lambda latents: theirs.decode((latents * std + mean).to(theirs.dtype)).sample
+
+
+def _peak_in_child(who: str, name: str, device: str, size: tuple[int, int]) -> float:
+    """Bytes that one decode adds at its peak; NaN where the system does not tell."""
+    if device == "cuda":
+        decode = make_decoder(who, name, device)
+        latents = torch.randn(1, 16, LATENT_FRAMES, *size, device=device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decode(latents)
+        return float(torch.cuda.max_memory_allocated() - before)
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    command = [sys.executable, "-m", "wanrt.bench.vae", who, name, *map(str, size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@torch.inference_mode()
+def _child(who: str, name: str, height: str, width: str) -> None:
+    decode = make_decoder(who, name, "cpu")
+    latents = torch.randn(1, 16, LATENT_FRAMES, int(height), int(width))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    decode(latents)
+    print(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def _line(row: dict[str, float | str]) -> str:
+    text = f"  {row['dtype']}  {row['size']:>7}  wanrt {row['wanrt_s']:.3f} s"
+    text += f" ({row['wanrt_gflops']:.0f} GFLOP/s), peak {row['wanrt_peak'] / 2**20:.0f} MiB"
+    if "ratio" in row:
+        text += f"  diffusers {row['diffusers_s']:.3f} s, {row['diffusers_peak'] / 2**20:.0f} MiB"
+        text += f"  ratio {row['ratio']:.2f}, memory {row['peak_ratio']:.2f}"
+        text += f"  (relative error {row['error']:.1e})"
+    return text
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
