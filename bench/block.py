@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanrt.bench import peers
 from wanrt.bench.measure import alternate, check_close, machine
 from wanrt.config import DIT_1_3B
 from wanrt.errors import UsageError
 from wanrt.models.dit import Block, TimeEmbedding
 from wanrt.models.layers import RopeTables
-from wanrt.weights.names import to_diffusers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LIMITS = {"fp32": 1e-4, "bf16": 3e-2}  # bf16: the peer keeps its residual stream in bf16
@@ -96,25 +96,7 @@ def _ours(block: Block, case: Case, tokens: int) -> Callable[[], Tensor]:
 
 
 def _theirs(block: Block, case: Case, tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    from diffusers.models.transformers.transformer_wan import (
-        WanRotaryPosEmbed,
-        WanTransformerBlock,
-    )
-
-    spec = DIT_1_3B
-    theirs = WanTransformerBlock(
-        spec.dim, spec.ffn_dim, spec.num_heads, cross_attn_norm=True, eps=spec.eps
-    ).eval()
-    ours = {f"blocks.0.{name}": value for name, value in block.state_dict().items()}
-    names = to_diffusers(ours, "dit")
-    state = {names[n].stored[0].removeprefix("blocks.0."): ours[n].cpu() for n in ours}
-    theirs.load_state_dict(state)
-    theirs.to(case.x.device, dtype)
-    for name, module in theirs.named_modules():  # what diffusers keeps in fp32
-        if name in ("norm1", "norm2", "norm3"):
-            module.float()
-    theirs.scale_shift_table.data = theirs.scale_shift_table.data.float()
-    rope = WanRotaryPosEmbed(spec.head_dim, spec.patch_size, 1024).to(case.x.device)
+    theirs, rope = peers.diffusers_block(block, DIT_1_3B, dtype, case.x.device)
     side = 2 * _GRID
     rotary = rope(torch.empty(1, 16, tokens // _GRID**2, side, side, device=case.x.device))
     return lambda: theirs(case.x.to(dtype), case.text, case.e0, rotary)

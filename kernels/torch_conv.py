@@ -61,7 +61,8 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = _empty(x, (b, weight.shape[0], t, 2 * h, 2 * w))
     size = _piece(x)
     for source, target in zip(x.split(size, 2), y.split(size, 2), strict=True):
-        z = _conv(source, folded, bias.repeat(4)).unflatten(1, (2, 2, -1))  # [B, 2, 2, O, n, H+1, W+1]
+        z = _conv(source, folded, bias.repeat(4))
+        z = z.unflatten(1, (2, 2, -1))  # [B, 2, 2, O, n, H+1, W+1]
         for row in range(2):
             for column in range(2):
                 place = z[:, row, column, :, :, row : row + h, column : column + w]

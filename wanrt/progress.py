@@ -40,7 +40,10 @@ class Bars:
         self.finish()
 
     def finish(self) -> None:
-        """Leave the bars on the screen as they are; what reports next opens new ones."""
+        """Leave the bars on the screen; what reports next opens new ones.
+
+        Results are printed after this: while bars are shown, rich sends stdout to stderr too.
+        """
         if self._progress is not None:
             self._progress.stop()
         self._progress = None
@@ -63,7 +66,6 @@ class Bars:
 
 
 def _open() -> Progress:
-    """Rich would send stdout to stderr as well, and with it the results."""
     progress = Progress(
         TextColumn("{task.description:>14}"),
         BarColumn(),
@@ -71,7 +73,6 @@ def _open() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True, soft_wrap=True),
-        redirect_stdout=False,
     )
     progress.start()
     return progress

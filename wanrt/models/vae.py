@@ -1,4 +1,4 @@
-"""The Wan 2.1 and 2.2 video VAEs: causal in time, so that a clip may be cut into chunks anywhere."""
+"""The Wan 2.1 and 2.2 video VAEs: causal in time, so that clips may be cut into chunks anywhere."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ from wanrt.models.vae_layers import (
     unpatchify,
 )
 
-# Latent statistics of the released VAEs: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
+# Latent statistics: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
 _MEAN_16 = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -195,7 +195,7 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(spec)
 
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
-        """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: by their size).
+        """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: by size).
 
         Frames beyond the last 4n+1 are ignored, as the reference does.
         """

@@ -1,4 +1,4 @@
-"""The building blocks of both Wan VAEs, and the state that carries their past from chunk to chunk."""
+"""The building blocks of both Wan VAEs, and the state that carries the past between chunks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Walk:
         self.slots[slot] = None if self.last else frames
 
     def state(self) -> CausalState:
-        """The past so far. Its tensors are the walk's own, which replaces but never changes them."""
+        """The past so far. The walk replaces its tensors but never changes them."""
         return CausalState(tuple(self.slots), self.first)
 
 
@@ -191,7 +191,7 @@ class Resample(nn.Module):
         return torch.cat([head, y], dim=2) if walk.first else y
 
     def _halve(self, x: Tensor, walk: Walk) -> Tensor:
-        """Frames 2k-2, 2k-1, 2k make output frame k; the clip's first frame is output 0 as it is."""
+        """Frames 2k-2, 2k-1, 2k make output frame k; a clip's first frame stays as it is."""
         if not walk.first:
             return self.time_conv(x, walk)
         head, x = x[:, :, :1], x[:, :, 1:]
