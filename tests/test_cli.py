@@ -251,6 +251,8 @@ class Terminal:
             stderr=writer,
             cwd=folder,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+            # a shell's background job ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(writer)
         self.seen = b""

@@ -27,7 +27,7 @@ from wanrt.nano.scenes import render, sample
 
 SIZE, SPAN, CROP = 96, 33, 48
 FREE_COLORS, MIN_CONTRAST = 0.7, 50.0  # share of clips in any colours; RGB distance
-LOG_VAR_START = -6.0
+LOG_VAR_START, OUTLINE_WEIGHT = -6.0, 5.0
 KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 2e-3
 
 
@@ -117,12 +117,21 @@ def reconstruct(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(vae: WanVAE, video: Tensor) -> tuple[Tensor, float]:
-    """L1 + squared error + KL; also the PSNR of the batch in dB (peak 2)."""
+    """L1 and squared error, outlines counting more, + KL; also the PSNR in dB (peak 2)."""
     pixels, mean, log_var = reconstruct(vae, video)
     kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
-    mse = F.mse_loss(pixels, video)
-    loss = F.l1_loss(pixels, video) + mse + KL_WEIGHT * kl
-    return loss, 10 * math.log10(4 / max(mse.item(), 1e-9))
+    error = (pixels - video).abs()
+    weighted = (error + error**2) * outline_weight(video)
+    psnr = 10 * math.log10(4 / max((error**2).mean().item(), 1e-9))
+    return weighted.mean() + KL_WEIGHT * kl, psnr
+
+
+def outline_weight(video: Tensor) -> Tensor:
+    """`[B, 1, F, H, W]`: more around an outline, where shapes differ from each other."""
+    window = (1, 5, 5)
+    high = F.max_pool3d(video, window, stride=1, padding=(0, 2, 2))
+    low = -F.max_pool3d(-video, window, stride=1, padding=(0, 2, 2))
+    return 1 + OUTLINE_WEIGHT * ((high - low).amax(1, keepdim=True) > 0.1)
 
 
 @torch.no_grad()
