@@ -34,9 +34,13 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, anonymous_bytes())
+            self._sample()
+
+    def _sample(self) -> None:
+        self.bytes = max(self.bytes, anonymous_bytes())
 
     def __exit__(self, *error: object) -> None:
+        self._sample()
         self._done.set()
         self._thread.join()
 
@@ -46,6 +50,7 @@ def bytes_of(module: torch.nn.Module) -> int:
 
 
 def main(model: str, kinds: list[str], request: bool) -> None:
+    sys.setswitchinterval(0.0005)  # the watching thread gets its turn while tensors are read
     result = {}
     for kind in kinds:
         found: Detected = find_component(Path(model), kind)
