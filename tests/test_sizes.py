@@ -181,12 +181,3 @@ def test_ranges(check, legal: list, absurd: list) -> None:
     for value in absurd:
         with pytest.raises(UsageError, match=" is "):
             check(value)
-
-
-def test_prompts() -> None:
-    for text in ("", "\n\n", "a\0b", "\u202eمرحبا", "👩‍👩‍👧", "a" * 65536):
-        assert limits.check_prompt(text) == text
-    with pytest.raises(UsageError, match="65538 bytes"):
-        limits.check_prompt("é" * 32769)
-    with pytest.raises(UsageError, match="lone surrogate at character 3"):
-        limits.check_prompt("abc\ud800")

@@ -266,9 +266,10 @@ MODELS: dict[str, WanSpec] = {
 class GenerateConfig:
     """What a user asks for. None is the model's default, as the reference's command line has it.
 
-    Sizes are pixels, `fps` frames per second; `num_frames` is 4n+1. Images and videos may be paths,
-    PIL images or tensors. `seed` -1 draws one. `noise` names the random generator: "cpu" gives the
-    same noise on every machine, "cuda" what the reference draws on the same GPU.
+    Sizes are pixels, `fps` frames per second; `num_frames` is 4n+1. Images may be paths, PIL images
+    or tensors; a video is a path or a `wanrt.tasks.vace.Source`. `seed` -1 draws one. `noise` names
+    the random generator: "cpu" gives the same noise on every machine, "cuda" what the reference
+    draws on the same GPU.
     """
 
     prompt: str

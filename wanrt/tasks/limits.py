@@ -12,7 +12,6 @@ MAX_FRAMES = 4 * 1023 + 1  # the position table covers 1024 latent frames
 MAX_STEPS = 1000  # as many as there are training timesteps
 MAX_SEED = 2**63 - 1
 RANDOM_SEED = -1
-MAX_PROMPT_BYTES = 64 << 10
 
 
 def check_size(width: int, height: int, multiple: int = 16) -> Size:
@@ -97,19 +96,6 @@ def check_seed(seed: int) -> int:
             f"seed is {seed}; it must be 0 to 2^63-1, or {RANDOM_SEED} for a random one"
         )
     return seed
-
-
-def check_prompt(prompt: str) -> str:
-    """Any text up to 64 KiB, the empty one included. The encoder itself reads 512 tokens."""
-    try:
-        size = len(prompt.encode())
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the prompt is not valid Unicode: a lone surrogate at character {error.start}"
-        ) from error
-    if size > MAX_PROMPT_BYTES:
-        raise UsageError(f"the prompt has {size} bytes; at most {MAX_PROMPT_BYTES} are read")
-    return prompt
 
 
 def _whole(name: str, value: int) -> None:
