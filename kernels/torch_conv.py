@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PIECE = 8 << 20  # bytes of input frames that go through a convolution at once
+_PIECE = 1 << 21  # elements of the input that go through a convolution at once
 _SLAB = 1 << 17  # elements that go through a norm at once
-_FEW_PIXELS = 256  # on smaller frames, laying out a weight costs more than multiplying by it
+_FEW_PIXELS = 1024  # on smaller frames, another weight costs as much as multiplying by zeros
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
@@ -54,9 +54,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         large = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
         return F.conv3d(large, weight.unsqueeze(2), bias, padding=(0, 1, 1))
     b, _, t, h, w = x.shape
-    fold = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [place, 2, 3]
-    fold = fold.float()
-    folded = torch.einsum("ocij,pri,qsj->pqocrs", weight.float(), fold, fold)
+    folded = _fold(_fold(weight.float(), -1), -2)  # [2, 2, O, C, 2, 2]
     folded = folded.flatten(0, 2).unsqueeze(2).to(weight.dtype)  # [4O, C, 1, 2, 2]
     y = _empty(x, (b, weight.shape[0], t, 2 * h, 2 * w))
     size = _piece(x)
@@ -75,6 +73,12 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
     y = F.conv2d(frames, weight, bias, stride=2)
     return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _fold(weight: Tensor, dim: int) -> Tensor:
+    """Three taps over doubled pixels as two over the pixels themselves, `[2, ...]`: left, right."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
 
 
 def _step(
@@ -150,7 +154,7 @@ def _tail(frames: Tensor, num: int) -> Tensor:
 def _piece(x: Tensor) -> int:
     """How many frames go through a convolution at once; even, for the strides."""
     b, c, _, h, w = x.shape
-    return max(2, _PIECE // (b * c * h * w * x.element_size()) // 2 * 2)
+    return max(2, _PIECE // (b * c * h * w) // 2 * 2)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
