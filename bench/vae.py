@@ -16,17 +16,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from wanrt.bench import peers
 from wanrt.bench.measure import alternate, check_close, machine
 from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
+from wanrt.kernels import reference
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
+from wanrt.models.vae_layers import VaeOps
 
 Decode = Callable[[Tensor], Tensor]
 
 LATENT_FRAMES = 3  # 9 frames
-FLOP_PER_PIXEL = 275.4e12 / (81 * 480 * 832)  # FLOP per output pixel and frame, counted for 81
 _CHILDREN = 3  # fresh processes differ by what their allocator keeps
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LIMITS = {"fp32": 1e-4, "bf16": 6e-2}  # bf16: two roads through 40 layers, pixels in [-1, 1]
@@ -73,8 +75,7 @@ def measure(
     runs = {who: partial(decode, latents) for who, decode in decoders.items()}
     for who, seconds in alternate(runs, repeats, device).items():
         result[f"{who}_s"] = seconds
-    work = FLOP_PER_PIXEL * (4 * LATENT_FRAMES - 3) * size[0] * size[1] * 64
-    result["wanrt_gflops"] = work / result["wanrt_s"] / 1e9
+    result["wanrt_gflops"] = decode_flop(size) / result["wanrt_s"] / 1e9
     del decoders, runs  # the children of the memory measurement need the room
     gc.collect()
     for who in names:
@@ -84,6 +85,14 @@ def measure(
         result["ratio"] = result["wanrt_s"] / result["diffusers_s"]
         result["peak_ratio"] = result["wanrt_peak"] / result["diffusers_peak"]
     return result
+
+
+def decode_flop(size: tuple[int, int]) -> int:
+    """Floating-point operations of the reference's arithmetic, whatever a fast path leaves out."""
+    ops = VaeOps(*(getattr(reference, name) for name in VaeOps._fields))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        WanVAE(VAE_2_1, ops).decode(torch.empty(1, 16, LATENT_FRAMES, *size))
+    return counter.get_total_flops()
 
 
 def make_decoder(who: str, name: str, device: str) -> Decode:

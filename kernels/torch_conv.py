@@ -1,7 +1,7 @@
-"""The VAE's convolutions in plain PyTorch, channels last: CPU fast path and fallback.
+"""The VAE's ops of `reference.py` in plain PyTorch, channels last: CPU path and fallback.
 
-Without gradients they go through a clip a few frames at a time, so that what lies between two
-passes (the normalised input, a convolution's raw output) stays small and in cache.
+Where no backward pass will come, a clip goes through a few frames at a time, so that what lies
+between two passes (normalised input, raw output of a convolution) stays small and in cache.
 """
 
 import math
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PIECE = 1 << 21  # elements of the input that go through a convolution at once
-_SLAB = 1 << 17  # elements that go through a norm at once
+_PIECE = 1 << 21  # elements of input that go through a convolution at once
+_SLAB = 1 << 17  # elements that go through a norm at once, on a CPU
 _FEW_PIXELS = 1024  # on smaller frames, another weight costs as much as multiplying by zeros
 
 
@@ -34,54 +34,45 @@ def causal_conv3d(
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.causal_conv3d`."""
     b, _, t, h, w = x.shape
-    size = t if torch.is_grad_enabled() else _piece(x)
+    size = _frames_at_once(x, weight)
     if out is None and size >= t:
-        return _step(x, weight, bias, history, gamma, stride)
+        return _convolve(x, weight, bias, history, gamma, stride)
     if out is None:
         out = _empty(x, (b, weight.shape[0], t // stride, h, w))
     for source, target in zip(x.split(size, 2), out.split(size // stride, 2), strict=True):
-        target[:], history = _step(source, weight, bias, history, gamma, stride)
+        target[:], history = _convolve(source, weight, bias, history, gamma, stride)
     return out, history
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.upsample_conv2d`.
 
-    Each output pixel sees 2x2 input pixels, so the 3x3 kernel folds into one 2x2 kernel for each of
-    the four places (row, column) that an output pixel can take: 4/9 of the multiplications.
+    An output pixel sees 2x2 input pixels, so the 3x3 kernel folds into a 2x2 kernel for each of the
+    four places (row, column) of an output pixel over its input pixel: 4/9 of the multiplications.
     """
-    if torch.is_grad_enabled():
+    if _tracked(x, weight):
         large = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
         return F.conv3d(large, weight.unsqueeze(2), bias, padding=(0, 1, 1))
     b, _, t, h, w = x.shape
     folded = _fold(_fold(weight.float(), -1), -2)  # [2, 2, O, C, 2, 2]
     folded = folded.flatten(0, 2).unsqueeze(2).to(weight.dtype)  # [4O, C, 1, 2, 2]
     y = _empty(x, (b, weight.shape[0], t, 2 * h, 2 * w))
-    size = _piece(x)
+    size = _frames_at_once(x, weight)
     for source, target in zip(x.split(size, 2), y.split(size, 2), strict=True):
-        z = _conv(source, folded, bias.repeat(4))
-        z = z.unflatten(1, (2, 2, -1))  # [B, 2, 2, O, n, H+1, W+1]
-        for row in range(2):
-            for column in range(2):
-                place = z[:, row, column, :, :, row : row + h, column : column + w]
-                target[:, :, :, row::2, column::2] = place
+        places = _conv(source, folded, bias.repeat(4), padding=(0, 1, 1)).unflatten(1, (2, 2, -1))
+        for i in range(2):
+            for j in range(2):
+                target[..., i::2, j::2] = places[:, i, j, ..., i : i + h, j : j + w]
     return y
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.downsample_conv2d`."""
-    frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
-    y = F.conv2d(frames, weight, bias, stride=2)
-    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    padded = (F.pad(piece, (0, 1, 0, 1)) for piece in x.split(_frames_at_once(x, weight), 2))
+    return torch.cat([_conv(p, weight.unsqueeze(2), bias, stride=(1, 2, 2)) for p in padded], dim=2)
 
 
-def _fold(weight: Tensor, dim: int) -> Tensor:
-    """Three taps over doubled pixels as two over the pixels themselves, `[2, ...]`: left, right."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
-
-
-def _step(
+def _convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -90,59 +81,75 @@ def _step(
     stride: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_conv3d` of a few frames."""
-    kt = weight.shape[2]
+    kt, kh, kw = weight.shape[2:]
     frames = _behind(history, x, gamma)
-    if kt == 1:
-        return _conv(frames, weight, bias), None
-    convolve = _start if history is None else _conv
-    return convolve(frames, weight, bias, stride), _tail(frames, kt - stride)
+    strides, padding = (stride, 1, 1), (0, kh // 2, kw // 2)
+    if history is None and kt > 1:
+        y = _clip_start(frames, weight, bias, strides, padding)
+    else:
+        y = _conv(frames, weight, bias, strides, padding)
+    return y, _tail(frames, kt - stride) if kt > 1 else None
 
 
 def _behind(history: Tensor | None, x: Tensor, gamma: Tensor | None) -> Tensor:
     """History, then x (normalised and through SiLU when gamma is given), in one buffer."""
+    if gamma is not None and _tracked(x, gamma):
+        x, gamma = F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype), None
     if gamma is None:
-        return x if history is None else torch.cat([history, x], dim=2)
-    if torch.is_grad_enabled():
-        x = F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype)
         return x if history is None else torch.cat([history, x], dim=2)
     b, c, t, h, w = x.shape
     past = 0 if history is None else history.shape[2]
     frames = _empty(x, (b, c, past + t, h, w))
     if history is not None:
         frames[:, :, :past] = history
+    size = max(1, _SLAB // c) if x.device.type == "cpu" else t * h * w
     for source, target in zip(x, frames[:, :, past:], strict=True):
         rows = source.permute(1, 2, 3, 0).reshape(-1, c)  # [THW, C]
         targets = target.permute(1, 2, 3, 0).view(-1, c)
-        size = max(1, _SLAB // c)
         for a, y in zip(rows.split(size), targets.split(size), strict=True):
             y.copy_(F.silu(rms_norm_channels(a.float(), gamma), inplace=True))
     return frames
 
 
-def _start(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """The convolution at the start of a clip: with zeros before x, hardly multiplying by them."""
+def _clip_start(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+) -> Tensor:
+    """The convolution with zeros before x; where it pays, without the taps that would meet them."""
     b, c, t, h, w = x.shape
     kt = weight.shape[2]
-    if stride > 1 or (t > 1 and h * w < _FEW_PIXELS):
-        zeros = x.new_zeros((b, c, kt - stride, h, w))
-        return _conv(torch.cat([zeros, x], dim=2), weight, bias, stride)
-    parts = [
-        _conv(x[:, :, : i + 1], weight[:, :, kt - 1 - i :], bias) for i in range(min(kt - 1, t))
-    ]
+    if stride[0] > 1 or (t > 1 and h * w < _FEW_PIXELS):
+        zeros = x.new_zeros((b, c, kt - stride[0], h, w))
+        return _conv(torch.cat([zeros, x], dim=2), weight, bias, stride, padding)
+    heads = range(1, min(kt, t + 1))  # output frame i - 1 sees i frames and the last i taps
+    parts = [_conv(x[:, :, :i], weight[:, :, -i:], bias, stride, padding) for i in heads]
     if t >= kt:
-        parts.append(_conv(x, weight, bias))
+        parts.append(_conv(x, weight, bias, stride, padding))
     return torch.cat(parts, dim=2)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """Valid in time, padded by half the kernel in space."""
-    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    padding: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
     # NOTE: F.conv3d itself leaves fp32 inputs of one sample with C*T*H <= 20480 to a kernel that is
     # up to 25 times slower than oneDNN's (torch 2.13, ATen/native/Convolution.cpp use_mkldnn).
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        if torch.backends.mkldnn.is_available():
-            return torch.mkldnn_convolution(x, weight, bias, padding, (stride, 1, 1), (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, (stride, 1, 1), padding)
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if fp32_on_cpu and not _tracked(x, weight) and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _fold(weight: Tensor, dim: int) -> Tensor:
+    """Three taps over pixels that stand twice -> two taps over the pixels, for either place."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
 
 
 def _tail(frames: Tensor, num: int) -> Tensor:
@@ -151,10 +158,15 @@ def _tail(frames: Tensor, num: int) -> Tensor:
     return F.pad(frames, (0, 0, 0, 0, missing, 0)) if missing > 0 else frames[:, :, -num:].clone()
 
 
-def _piece(x: Tensor) -> int:
-    """How many frames go through a convolution at once; even, for the strides."""
-    b, c, _, h, w = x.shape
-    return max(2, _PIECE // (b * c * h * w) // 2 * 2)
+def _frames_at_once(x: Tensor, weight: Tensor) -> int:
+    """An even number, for the sake of strides; all frames where a backward pass wants them."""
+    b, c, t, h, w = x.shape
+    return t if _tracked(x, weight) else max(2, _PIECE // (b * c * h * w) // 2 * 2)
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    """A backward pass will come."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

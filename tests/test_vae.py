@@ -9,19 +9,16 @@ from torch import Tensor, nn
 
 from wanrt.config import MODELS, VaeSpec
 from wanrt.kernels import reference
-from wanrt.models.vae import LATENT_STATISTICS, WanVAE
+from wanrt.models.vae import LATENT_STATISTICS, WanVAE, patchify, unpatchify
 from wanrt.models.vae_layers import (
     TORCH,
     CausalState,
     Resample,
     VaeOps,
     Walk,
-    average_down,
-    duplicate_up,
     number_slots,
-    patchify,
-    unpatchify,
 )
+from wanrt.models.vae_stages import average_down, duplicate_up
 from wanrt.weights.names import to_diffusers
 
 REFERENCE = VaeOps(*(getattr(reference, name) for name in VaeOps._fields))

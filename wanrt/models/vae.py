@@ -6,22 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.config import VaeSpec
-from wanrt.models.vae_layers import (
-    TORCH,
-    AttentionBlock,
-    CausalConv3d,
-    CausalState,
-    Resample,
-    ResidualBlock,
-    RmsNorm,
-    VaeOps,
-    Walk,
-    average_down,
-    duplicate_up,
-    number_slots,
-    patchify,
-    unpatchify,
-)
+from wanrt.models.vae_layers import TORCH, CausalConv3d, CausalState, VaeOps, Walk
+from wanrt.models.vae_stages import Decoder, Encoder
 
 # Latent statistics: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
 _MEAN_16 = (
@@ -60,119 +46,6 @@ def latent_statistics(z_dim: int, device: torch.device) -> tuple[Tensor, Tensor]
         torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in LATENT_STATISTICS[z_dim]
     )
     return mean, 1.0 / std
-
-
-class DownStage(nn.Module):
-    """A residual stage of the Wan 2.2 encoder."""
-
-    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
-        super().__init__()
-        dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
-        ]
-        self.downsamples = nn.ModuleList(
-            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
-        )
-        self.out_dim = out_dim
-        self.factors = (2 if mode == "downsample3d" else 1, 2 if mode else 1)
-
-    def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        y = x
-        for layer in self.downsamples:
-            y = layer(y, walk)
-        return y.add_(average_down(x, self.out_dim, *self.factors))
-
-
-class UpStage(nn.Module):
-    """A residual stage of the Wan 2.2 decoder."""
-
-    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
-        super().__init__()
-        dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
-        ]
-        self.upsamples = nn.ModuleList(
-            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
-        )
-        self.out_dim = out_dim
-        self.factors = (2 if mode == "upsample3d" else 1, 2) if mode else None
-
-    def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        y = x
-        for layer in self.upsamples:
-            y = layer(y, walk)
-        if self.factors is None:
-            return y
-        return y.add_(duplicate_up(x, self.out_dim, *self.factors, first=walk.first))
-
-
-class Encoder(nn.Module):
-    """Pixels to latent moments."""
-
-    def __init__(self, spec: VaeSpec) -> None:
-        super().__init__()
-        dims = [spec.base_dim * m for m in (1, *spec.dim_mult)]
-        self.conv1 = CausalConv3d(3 * spec.patch**2, dims[0], 3)
-        stages: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
-            last = i == len(spec.dim_mult) - 1
-            mode = None if last else f"downsample{3 if spec.temporal_downsample[i] else 2}d"
-            if spec.residual:
-                stages.append(DownStage(in_dim, out_dim, spec.num_res_blocks, mode))
-                continue
-            widths = [in_dim] + [out_dim] * spec.num_res_blocks
-            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-            stages += [Resample(out_dim, out_dim, mode)] if mode else []
-        self.downsamples = nn.ModuleList(stages)
-        self.middle = _middle(dims[-1])
-        self.head = _head(dims[-1], spec.z_dim * 2)
-        self.num_slots = number_slots(self)
-
-    def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        x = self.conv1(x, walk)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer(x, walk)
-        return self.head[2](x, walk, gamma=self.head[0].gamma)
-
-
-class Decoder(nn.Module):
-    """Latents to pixels."""
-
-    def __init__(self, spec: VaeSpec) -> None:
-        super().__init__()
-        mult = (spec.dim_mult[-1], *reversed(spec.dim_mult))
-        dims = [spec.decoder_base_dim * m for m in mult]
-        self.conv1 = CausalConv3d(spec.z_dim, dims[0], 3)
-        self.middle = _middle(dims[0])
-        stages: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
-            last = i == len(spec.dim_mult) - 1
-            mode = None if last else f"upsample{3 if spec.temporal_downsample[-1 - i] else 2}d"
-            if spec.residual:
-                stages.append(UpStage(in_dim, out_dim, spec.num_res_blocks + 1, mode))
-                continue
-            widths = [in_dim // 2 if i else in_dim] + [out_dim] * (spec.num_res_blocks + 1)
-            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-            stages += [Resample(out_dim, out_dim // 2, mode)] if mode else []
-        self.upsamples = nn.ModuleList(stages)
-        self.head = _head(dims[-1], 3 * spec.patch**2)
-        self.num_slots = number_slots(self)
-
-    def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        x = self.conv1(x, walk)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer(x, walk)
-        return self.head[2](x, walk, gamma=self.head[0].gamma)
-
-
-def _middle(dim: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
-
-
-def _head(dim: int, out_dim: int) -> nn.ModuleList:
-    return nn.ModuleList([RmsNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, out_dim, 3)])
 
 
 class WanVAE(nn.Module):
@@ -282,3 +155,17 @@ class WanVAE(nn.Module):
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def patchify(video: Tensor, p: int) -> Tensor:
+    """`[B, C, F, H, W]` -> `[B, C*p*p, F, H/p, W/p]`; inside C the row offset runs fastest."""
+    b, c, f, h, w = video.shape
+    x = video.reshape(b, c, f, h // p, p, w // p, p)  # rows then columns
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, f, h // p, w // p)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """The inverse of patchify."""
+    b, c, f, h, w = x.shape
+    x = x.reshape(b, c // (p * p), p, p, f, h, w)  # columns then rows
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (p * p), f, h * p, w * p)
