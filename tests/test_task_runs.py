@@ -187,12 +187,17 @@ CASES = {
     "vace, after a clip": Case(
         VACE,
         lambda f: {"video": f["clip.mp4"], "extend": "after", "num_frames": 13},
-        edited(lambda f: padded(0, f.clip, 4), lambda f: unknown(*[0] * 9, *[1] * 4)),
+        edited(lambda f: padded(0, f.clip[:, -6:], 7), lambda f: unknown(*[0] * 6, *[1] * 7)),
     ),
     "vace, before a clip": Case(
         VACE,
         lambda f: {"video": f["clip.mp4"], "extend": "before", "num_frames": 13},
-        edited(lambda f: padded(4, f.clip, 0), lambda f: unknown(*[1] * 4, *[0] * 9)),
+        edited(lambda f: padded(7, f.clip[:, :6], 0), lambda f: unknown(*[1] * 7, *[0] * 6)),
+    ),
+    "vace, after a clip shorter than half": Case(
+        VACE,
+        lambda f: {"video": f["clip.mp4"], "extend": "after", "num_frames": 21},
+        edited(lambda f: padded(0, f.clip, 12), lambda f: unknown(*[0] * 9, *[1] * 12)),
     ),
 }
 

@@ -11,7 +11,6 @@ from wanrt.components import Components
 from wanrt.config import GenerateConfig, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
-from wanrt.media.video import read_video
 from wanrt.models.clip import preprocess
 from wanrt.request import Request, with_size
 from wanrt.tasks import i2v, limits, vace
@@ -120,7 +119,8 @@ def _vace_source(
     if not _is_path(config.video):
         raise UsageError("video is a path, or a wanrt.tasks.vace.Source without a further edit")
     if config.extend:
-        clip = read_video(config.video, size=size).frames
+        at_most = max(1, request.num_frames // 2)
+        clip = vace.read_end(config.video, config.extend == "after", at_most, size)
         ends = (clip, None) if config.extend == "after" else (None, clip)
         return vace.extend(request.num_frames, *ends)
     area = request.width * request.height

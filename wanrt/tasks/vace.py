@@ -174,6 +174,17 @@ def extend(num_frames: int, first: Tensor | None = None, last: Tensor | None = N
     return Source(video, mask)
 
 
+def read_end(video: str | PathLike[str], last: bool, at_most: int, size: Size) -> Tensor:
+    """The last (or first) frames of a file, scaled and cropped: `[3, at_most or fewer, H, W]`.
+
+    Raises FormatError. Only these frames are held.
+    """
+    length = probe_video(video).num_frames
+    count = min(length, at_most)
+    start = length - count if last else 0
+    return read_video(video, range(start, start + count), size).frames
+
+
 def fit(source: Source, size: Size) -> Source:
     """Scale and crop a source to the output size, as the reference does with its files."""
     video, mask = source
