@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wanrt import components, sampler
+from wanrt import components, pipeline, sampler
 from wanrt.config import GenerateConfig
 from wanrt.errors import FormatError, NumericsError, UsageError
 from wanrt.media.image import to_uint8
@@ -197,6 +197,23 @@ def test_an_image_is_rounded_and_a_video_truncated(zoo: Any) -> None:
         expected = to_uint8(pixels, nearest=num_frames == 1).numpy()
         assert not np.array_equal(expected, to_uint8(pixels, nearest=num_frames != 1).numpy())
         assert np.array_equal(pipe.generate(PROMPT, **settings).np, expected)
+
+
+def test_only_so_many_prompts_are_kept(
+    zoo: Any, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest ones, and all that one call asks for however many they are."""
+    monkeypatch.setattr(pipeline, "MAX_KEPT_PROMPTS", 2)
+
+    def encodes(*prompts: str) -> bool:
+        loads.kinds.clear()
+        pipe.encode_prompts(list(prompts))
+        return loads.kinds == ["umt5"]
+
+    pipe = zoo.open(T2V)
+    assert encodes("a", "b", "c") and not encodes("c", "a", "b")
+    assert encodes("d", "c")  # drops a and b
+    assert not encodes("c", "d") and encodes("a")
 
 
 def test_embeds_replace_prompts(zoo: Any, loads: Loads) -> None:

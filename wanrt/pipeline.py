@@ -26,6 +26,8 @@ from wanrt.weights.parts import find_parts
 
 log = logging.getLogger("wanrt")
 
+MAX_KEPT_PROMPTS = 128  # text features kept for later requests; a long prompt's are 8 MB
+
 
 class Step(NamedTuple):
     """What a per-step callback sees; latents are those after the step, `[1, C, T, h, w]` fp32."""
@@ -176,6 +178,7 @@ class Pipeline:
         new = [p for p in dict.fromkeys(prompts) if p not in self._embeds]
         if not new:
             return
+        self._forget(set(prompts), len(new))
         parts = self.components
         tokenizer, umt5 = parts.tokenizer(), parts.umt5()
         for prompt in new:
@@ -190,6 +193,12 @@ class Pipeline:
             self._embeds[prompt] = features[0].float()
         del umt5  # or the release would free nothing
         parts.release("umt5")
+
+    def _forget(self, needed: set[str], coming: int) -> None:
+        """Drop the oldest text features that would be too many and are not needed now."""
+        old = [p for p in self._embeds if p not in needed]
+        for prompt in old[: max(0, len(self._embeds) + coming - MAX_KEPT_PROMPTS)]:
+            del self._embeds[prompt]
 
     def _context(self, embeds: Tensor | None, prompt: str) -> Tensor:
         """`[1, 512, text_dim]`: real rows, then rows of zeros, as the reference pads."""
