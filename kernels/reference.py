@@ -8,10 +8,24 @@ Source: Wan2.1 @9737cba `wan/modules/model.py`, `attention.py`, `vae.py`.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+TINY = 1e-30  # stands for the largest absolute value of a row of zeros
+
+
+class Quantized(NamedTuple):
+    """Eight-bit values `[..., D]` and fp32 `scale` `[..., G]` of each of G groups of columns.
+
+    A value stands for value * scale of its group; the D / G columns of a group lie together.
+    """
+
+    values: Tensor
+    scale: Tensor
 
 
 def layer_norm(
@@ -33,6 +47,32 @@ def layer_norm_modulate(
     """
     y = _normalise(x, eps) * (1 + scale.float()) + shift.float()
     return y.to(dtype or x.dtype)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None) -> Quantized:
+    """x as int8 or fp8 (e4m3), one scale for each row, or for each `group` of its columns.
+
+    scale = max|x| / M and values = round(x * (M / max|x|)), ties to even; M is 127 or 448.
+    x [..., D] -> values [..., D], scale [..., D / group].
+    """
+    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(TINY)
+    values = groups * (LARGEST[dtype] / largest)
+    values = values.round() if dtype == torch.int8 else values
+    return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+
+
+def dequantize(x: Quantized) -> Tensor:
+    """fp32 [..., D]."""
+    groups = x.values.float().unflatten(-1, (x.scale.shape[-1], -1))
+    return (groups * x.scale.unsqueeze(-1)).flatten(-2)
+
+
+def layer_norm_modulate_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> Quantized:
+    """`quantize(layer_norm_modulate(x, scale, shift, eps))`, one scale for each row."""
+    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:

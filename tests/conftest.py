@@ -1,5 +1,6 @@
 """What all tests share: few threads, recorded data where there is some, tiny models and inputs."""
 
+import os
 import shutil
 import zlib
 from dataclasses import dataclass, replace
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's file is imported
 
 from wanrt.config import MODELS, NANO, ClipSpec, Umt5Spec, WanSpec
 from wanrt.media.image import load_image, save_png

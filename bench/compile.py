@@ -1,0 +1,181 @@
+"""The compile gate: every kernel at the models' shapes, for every architecture, without a GPU.
+
+Host functions run on meta tensors while their launches are recorded, as on a card of that
+architecture. So what is compiled is what users will run, tile for tile.
+"""
+
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from wanrt.errors import WanrtError
+from wanrt.kernels import registry
+from wanrt.kernels.cases import Case, all_cases
+from wanrt.kernels.launch import INTERPRETING, Launch, Mma, record
+from wanrt.kernels.target import Target
+
+# Shared memory that one block may use, in bytes. Triton does not check it.
+# Source: CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+ARCHS = tuple(SHARED_MEMORY)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MMA = re.compile(
+    r"(?:mma\.sync|wgmma\.mma_async)[\w.]*?\.(f32|f16|s32)\.(bf16|f16|tf32|s8|e4m3)\."
+)
+_SPILLED = re.compile(r"(\d+) bytes spill (?:stores|loads)")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: where it is used first, what it takes, and what is wrong with it."""
+
+    kernel: str
+    case: str
+    arch: int
+    warps: int
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+    mma: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+class _Driver:
+    """Stands in for a card, as far as compiling asks."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+def compile_all(
+    archs: Sequence[int] = ARCHS, only: str = "", workers: int | None = None
+) -> list[Row]:
+    """Compile what every `wan` case starts. Raises WanrtError in Triton's interpreter."""
+    if INTERPRETING:
+        raise WanrtError("TRITON_INTERPRET is set; unset it to compile kernels")
+    ids = [name for name, case in all_cases().items() if case.size == "wan" and only in name]
+    jobs = [(name, arch) for name in ids for arch in archs]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = [row for rows in pool.map(_compile_case, *zip(*jobs, strict=True)) for row in rows]
+    return list(
+        {
+            (row.kernel, row.arch, row.warps, row.registers, row.shared): row for row in found
+        }.values()
+    )
+
+
+def _compile_case(name: str, arch: int) -> list[Row]:
+    driver.set_active(_Driver(arch))
+    case = all_cases()[name]
+    return [
+        _compile(launch, name, arch)
+        for dtype in case.dtypes
+        for launch in launches(case, arch, dtype)
+    ]
+
+
+def launches(case: Case, arch: int, dtype: torch.dtype) -> list[Launch]:
+    """What the Triton backend starts for a case; nothing where it declines."""
+    if registry.reason_against(case.op, "triton", Target("cuda", arch, dtype)) is not None:
+        return []
+    with record(arch) as found:
+        registry.function(case.op, "triton")(*case.draw(dtype, "meta"), **case.kwargs)
+    return found
+
+
+def _compile(launch: Launch, case: str, arch: int) -> Row:
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    report = _assemble(ptx, arch)
+    spilled = sum(int(n) for n in _SPILLED.findall(report))
+    registers = max((int(n) for n in _REGISTERS.findall(report)), default=0)
+    found = {Mma(operand, accumulator) for accumulator, operand in _MMA.findall(ptx)}
+    return Row(
+        kernel=compiled.metadata.name.strip("_"),
+        case=case,
+        arch=arch,
+        warps=compiled.metadata.num_warps,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        mma=tuple(sorted(f"{mma.operand}->{mma.accumulator}" for mma in found)),
+        faults=tuple(_faults(launch.mma, found, spilled, shared, registers, arch)),
+    )
+
+
+def _faults(
+    meant: tuple[Mma, ...], found: set[Mma], spilled: int, shared: int, registers: int, arch: int
+) -> Iterable[str]:
+    if spilled:
+        yield f"spills {spilled} bytes"
+    if not registers:
+        yield "ptxas reported no registers"
+    if shared > SHARED_MEMORY[arch]:
+        yield f"{shared} bytes of shared memory; sm_{arch} has {SHARED_MEMORY[arch]}"
+    if set(meant) != found:
+        names = [
+            ", ".join(f"{m.operand}->{m.accumulator}" for m in sorted(s)) for s in (meant, found)
+        ]
+        yield f"products meant: {names[0] or 'none'}; compiled: {names[1] or 'none'}"
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    """What ptxas says of a kernel's registers and spills."""
+    suffix = "a" if arch >= 90 else ""
+    tool = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [
+            tool,
+            "-v",
+            f"--gpu-name=sm_{arch}{suffix}",
+            source,
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise WanrtError(f"ptxas failed for sm_{arch}: {done.stderr.strip()}")
+    return done.stderr
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, and the versions they were made with."""
+    lines = [
+        f"Triton {triton.__version__}. Shared memory in KiB, spills in bytes.",
+        "",
+        "| kernel | first case | arch | warps | registers | spills | shared | products |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r.kernel, r.case, r.arch)):
+        shared = math.ceil(r.shared / 1024)
+        lines.append(
+            f"| `{r.kernel}` | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spilled} "
+            f"| {shared} | {' '.join(r.mma)} |"
+        )
+    return "\n".join(lines)

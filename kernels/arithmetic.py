@@ -1,0 +1,66 @@
+"""Products and roundings that give the same numbers on a GPU and in Triton's interpreter.
+
+NOTE: Triton's interpreter (3.6 to 3.9) multiplies bf16 tiles wrongly, truncates when it casts fp32
+to bf16, and loses the carry when it casts fp32 to fp8. On a GPU these are plain instructions.
+"""
+
+import triton
+import triton.language as tl
+
+from wanrt.kernels.launch import INTERPRETING
+
+SIMULATED: tl.constexpr = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def dot(a, b, acc, OUT: tl.constexpr):
+    """acc + a @ b, added up in OUT."""
+    if SIMULATED:
+        if a.dtype == tl.bfloat16:
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, out_dtype=OUT)
+    return tl.dot(a, b, acc, out_dtype=OUT)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """fp32 to DTYPE, to the nearest, ties to even."""
+    if SIMULATED:
+        if DTYPE == tl.bfloat16:
+            return _to_bfloat16(x)
+        if DTYPE == tl.float8e4nv:
+            return _to_float8(x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def round_to_int8(x):
+    """fp32 to the nearest whole number, ties to even, held within [-127, 127].
+
+    NOTE: compile with enable_fp_fusion=False where x is a product and every bit counts.
+    """
+    whole = x.to(tl.int32)  # towards zero
+    rest = tl.abs(x - whole.to(tl.float32))
+    up = (rest > 0.5) | ((rest == 0.5) & ((whole & 1) == 1))
+    whole += tl.where(up, tl.where(x < 0, -1, 1), 0)
+    return tl.minimum(tl.maximum(whole, -127), 127).to(tl.int8)
+
+
+@triton.jit
+def _to_bfloat16(x):
+    bits = x.to(tl.int32, bitcast=True)
+    odd = (bits >> 16) & 1
+    rounded = (bits + 0x7FFF + odd) & -65536
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded)  # NaN stays NaN
+    return kept.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _to_float8(x):
+    """Rounded in fp32 to a value that e4m3 has (3 bits, least exponent -6), which casts exactly."""
+    bits = tl.abs(x).to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) - 127, -6)
+    step = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - (exponent - 3)) << 23).to(tl.float32, bitcast=True)
+    magic = 12582912.0  # 1.5 * 2^23: adding it rounds to whole numbers, ties to even
+    count = (x * inverse + magic) - magic
+    return tl.minimum(tl.maximum(count * step, -448.0), 448.0).to(tl.float8e4nv)

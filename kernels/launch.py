@@ -1,0 +1,90 @@
+"""How a Triton kernel starts: on a GPU, in the interpreter, recorded, or (meta tensors) not at all.
+
+Host functions allocate their results with `torch.empty` and start kernels through `launch` alone.
+So they also run on meta and fake tensors, where only shapes and memory matter, and the compile gate
+can hear what they would have started on a card that is not there.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETER = 0  # the architecture of tiles that are large because the interpreter pays per step
+
+
+class Mma(NamedTuple):
+    """A tensor-core product: what it multiplies and what it adds up in, as PTX spells them."""
+
+    operand: str  # bf16, f16, s8, e4m3
+    accumulator: str  # f32, f16, s32
+
+
+class Launch(NamedTuple):
+    """One kernel start as the host function asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # constexpr parameters and compiler options such as num_warps
+    mma: tuple[Mma, ...]
+
+
+@dataclass
+class _Recording:
+    arch: int
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect what host functions start, as on a card of compute capability `arch` (89 for 8.9)."""
+    recording = _Recording(arch)
+    token = _recording.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _recording.reset(token)
+
+
+def arch_of(x: Tensor) -> int:
+    """Compute capability times ten of the card that will work on x; INTERPRETER on a CPU."""
+    recording = _recording.get()
+    if recording is not None:
+        return recording.arch
+    return _capability(x.device.index) if x.device.type == "cuda" else INTERPRETER
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, mma: tuple[Mma, ...] = (), **options: Any
+) -> None:
+    """Start a kernel. `mma` says which tensor-core products are meant; the compile gate checks."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, grid, args, options, mma))
+        return
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    if first.device.type == "meta" or isinstance(first, FakeTensor):
+        return
+    if first.device.type == "cuda":
+        with torch.cuda.device(first.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)

@@ -1,0 +1,124 @@
+"""The op table: one row per op, and the choice of a backend for each, made once, with reasons.
+
+    reference   the specification, fp32 inside, as plain as it can be
+    torch       PyTorch's own kernels: the CPU's fast path, and the fallback on every GPU
+    triton      ours, for NVIDIA GPUs; in Triton's interpreter also for tests on a CPU
+
+An op is a function of one name and signature in every backend that has it.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from wanrt.kernels.launch import INTERPRETING
+from wanrt.kernels.target import Target, UnsupportedOp
+
+BACKENDS = ("triton", "torch", "reference")  # the order of preference
+MIN_ARCH = 80  # the oldest cards that multiply bf16
+
+
+class Op(NamedTuple):
+    """Where an op lives: modules of `wanrt.kernels` (the reference has them all)."""
+
+    name: str
+    torch: str
+    triton: str | None = None
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("layer_norm", "torch_ops", "norm"),
+        Op("layer_norm_modulate", "torch_ops", "norm"),
+        Op("layer_norm_modulate_quantize", "torch_quantize", "norm"),
+        Op("gated_residual", "torch_ops", "norm"),
+        Op("rms_norm", "torch_ops", "norm"),
+        Op("rms_norm_rope", "torch_ops", "norm"),
+        Op("gelu", "torch_ops"),
+        Op("attention", "torch_ops"),
+        Op("quantize", "torch_quantize"),
+        Op("dequantize", "torch_quantize"),
+        Op("rms_norm_channels", "torch_conv"),
+        Op("causal_conv3d", "torch_conv"),
+        Op("upsample_conv2d", "torch_conv"),
+        Op("downsample_conv2d", "torch_conv"),
+    )
+}
+
+
+class Choice(NamedTuple):
+    """The function that an op became, and why no backend before it was taken."""
+
+    op: str
+    backend: str
+    function: Callable[..., Any]
+    declined: dict[str, str]
+
+
+def here(dtype: torch.dtype = torch.bfloat16, device: str = "auto") -> Target:
+    """The target that this machine is: its first GPU, or its CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda":
+        return Target(device, 0, dtype)
+    major, minor = torch.cuda.get_device_capability()
+    return Target(device, 10 * major + minor, dtype)
+
+
+def reason_against(op: str, backend: str, target: Target) -> str | None:
+    """Why a backend cannot do an op there; None where it can."""
+    row = OPS[op]
+    if backend == "reference":
+        return None
+    if backend == "torch":
+        return None if row.torch else "not written"
+    if row.triton is None:
+        return "not written; PyTorch does it"
+    lacking = _triton_lacks(target)
+    if lacking is not None:
+        return lacking
+    return _module(row.triton).supports(op, target)
+
+
+def resolve(op: str, target: Target, backend: str = "auto") -> Choice:
+    """The best backend that can, or the one named. Raises UnsupportedOp with every reason."""
+    declined: dict[str, str] = {}
+    for name in BACKENDS if backend == "auto" else (backend,):
+        reason = reason_against(op, name, target)
+        if reason is None:
+            return Choice(op, name, function(op, name), declined)
+        declined[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    raise UnsupportedOp(f"{op} cannot run on {target.device} in {target.dtype} ({reasons})")
+
+
+def function(op: str, backend: str) -> Callable[..., Any]:
+    """One backend's function, whether or not it can run here."""
+    row = OPS[op]
+    home = {"reference": "reference", "torch": row.torch, "triton": row.triton}[backend]
+    assert home is not None, f"{op=} {backend=}"
+    return getattr(_module(home), op)
+
+
+def _triton_lacks(target: Target) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if target.device == "cuda":
+        return (
+            None
+            if target.arch >= MIN_ARCH
+            else f"needs compute capability 8.0, not {target.arch / 10}"
+        )
+    if target.device == "cpu" and INTERPRETING:
+        return None
+    return f"needs an NVIDIA GPU; on {target.device} only its interpreter runs (TRITON_INTERPRET=1)"
+
+
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"wanrt.kernels.{name}")

@@ -1,0 +1,29 @@
+"""Eight-bit formats in plain PyTorch: CPU path and fallback."""
+
+import torch
+from torch import Tensor
+
+from wanrt.kernels.reference import LARGEST, TINY, Quantized
+from wanrt.kernels.torch_ops import layer_norm_modulate
+
+
+def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None) -> Quantized:
+    """See `reference.quantize`."""
+    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
+    largest = torch.linalg.vector_norm(groups, torch.inf, -1, keepdim=True).clamp_min(TINY)
+    values = groups * (LARGEST[dtype] / largest)
+    values = values.round_() if dtype == torch.int8 else values
+    return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+
+
+def dequantize(x: Quantized) -> Tensor:
+    """See `reference.dequantize`."""
+    groups = x.values.float().unflatten(-1, (x.scale.shape[-1], -1))
+    return (groups * x.scale.unsqueeze(-1)).flatten(-2)
+
+
+def layer_norm_modulate_quantize(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> Quantized:
+    """See `reference.layer_norm_modulate_quantize`."""
+    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
