@@ -11,10 +11,10 @@ import numpy as np
 from wanrt.nano import language
 from wanrt.nano.language import ATTRIBUTES, BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene
 
-RADIUS = {"small": 0.11, "large": 0.18}
+RADIUS = {"small": 0.125, "large": 0.18}
 RADIUS_JITTER = 0.04
 MARGIN = 0.012  # kept free between the object and the frame's edge
-SQUARE, TRIANGLE, STAR, STAR_NOTCH, RING_HOLE = 0.88, 1.25, 1.25, 0.45, 0.5
+SQUARE, TRIANGLE, STAR, STAR_NOTCH, RING_HOLE = 0.88, 1.25, 1.25, 0.382, 0.5
 
 DROP_SOME, DROP_EACH = 0.5, 0.35  # captions that omit something; chance of each attribute in them
 DROP_ARTICLE, PLAIN_ARTICLE = 0.1, 0.3  # captions without an article; "an" written as "a"

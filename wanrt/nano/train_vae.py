@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ SIZE, SPAN, CROP = 96, 33, 48
 FREE_COLORS, MIN_CONTRAST = 0.7, 50.0  # share of clips in any colours; RGB distance
 # Of those clips, more show what is hardest to keep: corners on few pixels.
 FREE_SHAPES = {"circle": 0.1, "square": 0.25, "triangle": 0.15, "star": 0.4, "ring": 0.1}
-FREE_SMALL = 0.7
+FREE_SMALL, FREE_FAST = 0.7, 0.6  # share of small ones, and of those that bounce or circle
 LOG_VAR_START, OUTLINE_WEIGHT = -6.0, 5.0
 KL_WEIGHT, EMA_DECAY, LEARNING_RATE = 1e-4, 0.999, 2e-3
 
@@ -91,7 +91,9 @@ def clip_batch(shape: Shape, rng: np.random.Generator) -> Tensor:
 def _free(scene: Scene, rng: np.random.Generator) -> Scene:
     shape = rng.choice(list(FREE_SHAPES), p=list(FREE_SHAPES.values()))
     size = "small" if rng.random() < FREE_SMALL else "large"
-    return replace(scene, color="white", background="black", shape=str(shape), size=size)
+    fast = rng.random() < FREE_FAST
+    motion = str(rng.choice(["bouncing", "moving in a circle"])) if fast else scene.motion
+    return Scene("white", str(shape), motion, size, "black")
 
 
 def recolor(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
