@@ -6,6 +6,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from wanrt.weights.names import Kind
 from wanrt.weights.random import write_random
 
 _WIDE = 1000  # columns: nothing is cut off, the terminal wraps
+_OP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8_scaled")
 
 
@@ -122,13 +124,49 @@ def bench_block(
     block.main(device, peer, dtype.split(","), tokens, repeats, as_json)
 
 
+def bench_compile(
+    archs: Annotated[str, typer.Option(help="Such as 89 or 86,89; all by default.")] = "",
+    only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes; as many as cores by default.")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Markdown file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """Compile every kernel for every architecture; needs no GPU. Fails on spills and the like."""
+    from wanrt.bench import compile_report
+
+    compile_report.main(archs.split(",") if archs else [], only, workers, out, as_json)
+
+
+def ops(
+    device: Annotated[str, typer.Option(help="cpu or cuda; this machine's by default.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the activations.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per op.")] = False,
+) -> None:
+    """What does each op here: op x backend, yes, or the reason why not."""
+    from wanrt.kernels import registry
+
+    target = registry.here(_OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))], device)
+    table = Table("op", *registry.BACKENDS, box=None, pad_edge=False)
+    for op in registry.OPS:
+        reasons = {b: registry.reason_against(op, b, target) for b in registry.BACKENDS}
+        chosen = registry.resolve(op, target).backend
+        if as_json:
+            print(json.dumps({"op": op, "backend": chosen, "declined": reasons}))
+        cells = (reason or ("yes, used" if b == chosen else "yes") for b, reason in reasons.items())
+        table.add_row(op, *map(Text, cells))
+    if not as_json:
+        Console(width=_WIDE).print(table, highlight=False, soft_wrap=True)
+
+
 def add_to(app: typer.Typer) -> None:
     """Register these verbs."""
     app.command()(inspect)
+    app.command()(ops)
     dev = typer.Typer(no_args_is_help=True, help="For people who work on wanrt.")
     dev.command("random-weights")(random_weights)
     app.add_typer(dev, name="dev")
     bench = typer.Typer(no_args_is_help=True, help="Measure, beside a peer, in one run.")
     bench.command("vae")(bench_vae)
     bench.command("block")(bench_block)
+    bench.command("compile")(bench_compile)
     app.add_typer(bench, name="bench")

@@ -1,0 +1,77 @@
+"""The compile gate: every kernel of the op table compiles for every card, and faults are found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from wanrt.bench import compile as gate
+from wanrt.kernels import registry
+from wanrt.kernels.cases import all_cases
+from wanrt.kernels.launch import Mma
+
+ROOT = Path(__file__).resolve().parent.parent
+TRITON_OPS = [name for name, row in registry.OPS.items() if row.triton]
+
+
+def test_every_kernel_compiles_as_it_is_meant(tmp_path: Path) -> None:
+    """In a process of its own: the interpreter, which the other tests use, cannot compile."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "wanrt", "bench", "compile", "--json"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["arch"] for row in rows} == set(gate.ARCHS)
+    assert all(row["registers"] > 0 for row in rows)
+    named = (ROOT / "docs" / "kernels.md").read_text("utf-8")
+    for kernel in {row["kernel"] for row in rows}:
+        assert f"`{kernel}`" in named, "docs/kernels.md is old: wanrt bench compile -o it"
+
+
+@pytest.mark.parametrize("name", TRITON_OPS)
+def test_every_op_is_compiled_and_interpreted(name: str) -> None:
+    sizes = {case.size for case in all_cases().values() if case.op == name}
+    assert sizes == {"small", "wan"}
+
+
+MEANT = (Mma("f16", "f16"),)
+
+
+@pytest.mark.parametrize(
+    ("found", "spilled", "shared", "registers", "fault"),
+    [
+        (set(MEANT), 0, 99 << 10, 128, None),
+        (set(MEANT), 8, 0, 255, "spills 8 bytes"),
+        (set(MEANT), 0, (99 << 10) + 1, 128, "101377 bytes of shared memory; sm_89 has 101376"),
+        (set(MEANT), 0, 0, 0, "reported no registers"),
+        ({Mma("f16", "f32")}, 0, 0, 128, "meant: f16->f16; compiled: f16->f32"),
+        (set(), 0, 0, 128, "meant: f16->f16; compiled: none"),
+    ],
+)
+def test_faults(
+    found: set[Mma], spilled: int, shared: int, registers: int, fault: str | None
+) -> None:
+    faults = list(gate._faults(MEANT, found, spilled, shared, registers, 89))
+    assert faults == [] if fault is None else fault in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "mma"),
+    [
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {", Mma("bf16", "f32")),
+        ("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {", Mma("f16", "f16")),
+        ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 {", Mma("s8", "s32")),
+        ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {", Mma("e4m3", "f32")),
+        ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {", Mma("bf16", "f32")),
+        ("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {", Mma("s8", "s32")),
+    ],
+)
+def test_products_are_read_from_ptx(line: str, mma: Mma) -> None:
+    ((accumulator, operand),) = gate._MMA.findall(line)
+    assert Mma(operand, accumulator) == mma
