@@ -90,6 +90,8 @@ def resolve(op: str, target: Target, backend: str = "auto") -> Choice:
     declined: dict[str, str] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
         reason = reason_against(op, name, target)
+        if reason is None and backend == "auto" and name == "triton" and target.device == "cpu":
+            reason = "its interpreter is for tests"
         if reason is None:
             return Choice(op, name, function(op, name), declined)
         declined[name] = reason

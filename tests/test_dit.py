@@ -426,7 +426,7 @@ def test_half_precision_stays_close(variant: str, dtype: torch.dtype) -> None:
     assert 0 < error(actual, given.call(full)) < 2e-2
 
 
-def test_activation_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_dtypes() -> None:
     """The table of the reference's policy, seen at the modules' borders."""
     spec, seen = SPECS["vace"], {}
     dit = lower(build(spec), torch.bfloat16)
@@ -445,8 +445,10 @@ def test_activation_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         attended.update((q.dtype, k.dtype, v.dtype))
         return original(q, k, v, bias)
 
-    original = layers.attention
-    monkeypatch.setattr(layers, "attention", attention)
+    original = layers.TORCH.attention
+    for module in dit.modules():
+        if hasattr(module, "ops"):
+            module.ops = module.ops._replace(attention=attention)
     inputs(spec).call(dit)
     fp32, bf16 = torch.float32, torch.bfloat16
     expected = {

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from wanrt.config import DitSpec
 from wanrt.errors import UsageError
 from wanrt.models.layers import (
+    TORCH,
     CrossAttention,
     CrossKV,
     FeedForward,
     Gelu,
     LayerNorm,
     Linear,
+    Ops,
     PatchEmbedding,
     RopeTables,
     SelfAttention,
-    gated_residual,
     inverse_frequencies,
-    layer_norm_modulate,
     reusable,
 )
 
@@ -90,15 +90,15 @@ class ImageEmbedding(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by time."""
 
-    def __init__(self, spec: DitSpec) -> None:
+    def __init__(self, spec: DitSpec, ops: Ops = TORCH) -> None:
         super().__init__()
-        dim, self.eps = spec.dim, spec.eps
+        dim, self.eps, self.ops = spec.dim, spec.eps, ops
         image = spec.image_dim is not None
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-        self.self_attn = SelfAttention(dim, spec.num_heads, spec.eps)
-        self.norm3 = LayerNorm(dim, eps=spec.eps)
-        self.cross_attn = CrossAttention(dim, spec.num_heads, spec.eps, image)
-        self.ffn = FeedForward(dim, spec.ffn_dim)
+        self.self_attn = SelfAttention(dim, spec.num_heads, spec.eps, ops)
+        self.norm3 = LayerNorm(dim, spec.eps, ops)
+        self.cross_attn = CrossAttention(dim, spec.num_heads, spec.eps, image, ops)
+        self.ffn = FeedForward(dim, spec.ffn_dim, ops=ops)
 
     def forward(
         self,
@@ -109,21 +109,21 @@ class Block(nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
-        dtype = self.ffn[0].weight.dtype
+        dtype, ops = self.ffn[0].weight.dtype, self.ops
         row = Modulation(self.modulation + time.e0, time.level).row
-        a = layer_norm_modulate(x, row(1), row(0), self.eps, dtype)
-        x = gated_residual(x, self.self_attn(a, freqs), row(2), reusable(x))
+        a = ops.layer_norm_modulate(x, row(1), row(0), self.eps, dtype)
+        x = ops.gated_residual(x, self.self_attn(a, freqs), row(2), reusable(x))
         y = self.cross_attn(self.norm3(x, dtype), kv, key_bias)
         x = torch.add(x, y, out=reusable(x))
-        b = layer_norm_modulate(x, row(4), row(3), self.eps, dtype)
-        return gated_residual(x, self.ffn(b), row(5), reusable(x))
+        b = ops.layer_norm_modulate(x, row(4), row(3), self.eps, dtype)
+        return ops.gated_residual(x, self.ffn(b), row(5), reusable(x))
 
 
 class VaceBlock(Block):
     """A block of the control branch; what `after_proj` makes of its tokens is a hint."""
 
-    def __init__(self, spec: DitSpec, first: bool) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: DitSpec, first: bool, ops: Ops = TORCH) -> None:
+        super().__init__(spec, ops)
         if first:
             self.before_proj = Linear(spec.dim, spec.dim)
         self.after_proj = Linear(spec.dim, spec.dim)
@@ -132,20 +132,24 @@ class VaceBlock(Block):
 class Head(nn.Module):
     """Tokens to patches of velocity, all in fp32."""
 
-    def __init__(self, spec: DitSpec, patch_out: int) -> None:
+    def __init__(self, spec: DitSpec, patch_out: int, ops: Ops = TORCH) -> None:
         super().__init__()
-        self.eps = spec.eps
+        self.eps, self.ops = spec.eps, ops
         self.head = Linear(spec.dim, patch_out)
         self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
 
     def forward(self, x: Tensor, time: TimeEmbedding) -> Tensor:
         row = Modulation(self.modulation + time.e, time.level).row
-        return self.head(layer_norm_modulate(x, row(1), row(0), self.eps))
+        return self.head(self.ops.layer_norm_modulate(x, row(1), row(0), self.eps))
 
 
 class WanDiT(nn.Module):
-    """A Wan transformer of any variant; what `spec` holds decides which conditions it takes."""
+    """A Wan transformer of any variant; what `spec` holds decides which conditions it takes.
 
+    `ops` is its arithmetic: PyTorch's own, unless the loader chose better for the device.
+    """
+
+    OPS = Ops
     FP32_NAMES = (
         r"^time_embedding\.",
         r"^time_projection\.",
@@ -155,7 +159,7 @@ class WanDiT(nn.Module):
         r"^img_emb\.(proj\.[04]\.|emb_pos$)",
     )
 
-    def __init__(self, spec: DitSpec) -> None:
+    def __init__(self, spec: DitSpec, ops: Ops = TORCH) -> None:
         super().__init__()
         self.spec, dim, patch = spec, spec.dim, spec.patch_size
         self.rope = RopeTables(spec.head_dim)
@@ -165,12 +169,12 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if spec.image_dim is not None:
             self.img_emb = ImageEmbedding(spec.image_dim, dim, spec.image_pos_tokens)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
-        self.head = Head(spec, spec.out_dim * patch[0] * patch[1] * patch[2])
+        self.blocks = nn.ModuleList(Block(spec, ops) for _ in range(spec.num_layers))
+        self.head = Head(spec, spec.out_dim * patch[0] * patch[1] * patch[2], ops)
         if spec.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(spec.vace_in_dim, dim, patch)
             self.vace_blocks = nn.ModuleList(
-                VaceBlock(spec, first=j == 0) for j in range(len(spec.vace_layers))
+                VaceBlock(spec, j == 0, ops) for j in range(len(spec.vace_layers))
             )
 
     def forward(

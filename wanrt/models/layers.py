@@ -5,39 +5,52 @@ whatever feeds it is rounded to that dtype once. Everything between the products
 rotary embedding, residual stream) is computed in fp32, whatever the weights are.
 """
 
-from typing import NamedTuple
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.kernels.torch_ops import (
-    attention,
-    gated_residual,
-    gelu,
-    layer_norm,
-    layer_norm_modulate,
-    rms_norm,
-    rms_norm_rope,
-)
+from wanrt import env
+from wanrt.errors import UsageError
+from wanrt.kernels import registry, torch_ops
+from wanrt.kernels.target import UnsupportedOp
 
-__all__ = [
-    "CrossAttention",
-    "CrossKV",
-    "FeedForward",
-    "Gelu",
-    "LayerNorm",
-    "Linear",
-    "PatchEmbedding",
-    "RMSNorm",
-    "RopeTables",
-    "SelfAttention",
-    "attention",
-    "gated_residual",
-    "inverse_frequencies",
-    "layer_norm_modulate",
-    "reusable",
-]
+log = logging.getLogger("wanrt")
+
+
+class Ops(NamedTuple):
+    """The arithmetic of a transformer, chosen when it is built; `kernels/reference.py` says it."""
+
+    layer_norm: Callable[..., Tensor]
+    layer_norm_modulate: Callable[..., Tensor]
+    gated_residual: Callable[..., Tensor]
+    rms_norm: Callable[..., Tensor]
+    rms_norm_rope: Callable[..., Tensor]
+    gelu: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+
+
+TORCH = Ops(*(getattr(torch_ops, name) for name in Ops._fields))
+Chosen = TypeVar("Chosen", bound=tuple)
+
+
+def choose(ops: type[Chosen], device: torch.device, dtype: torch.dtype) -> Chosen:
+    """Fill a tuple of ops with the best backend of each for a device and dtype of activations.
+
+    Raises UsageError, with every backend's reason, where one of them cannot be done.
+    """
+    target = registry.here(dtype, device.type)
+    try:
+        choices = [registry.resolve(name, target, env.ops_backend()) for name in ops._fields]
+    except UnsupportedOp as error:
+        raise UsageError(str(error)) from error
+    for choice in choices:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.declined.items())
+        log.debug("%s: %s%s", choice.op, choice.backend, f" ({reasons})" if reasons else "")
+    return ops(*(choice.function for choice in choices))
 
 
 def reusable(x: Tensor) -> Tensor | None:
@@ -70,38 +83,45 @@ class PatchEmbedding(nn.Conv3d):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with weight and bias, computed in fp32; `dtype` is that of the result (fp32)."""
 
+    def __init__(self, dim: int, eps: float, ops: Ops = TORCH) -> None:
+        super().__init__(dim, eps=eps)
+        self.ops = ops
+
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class RMSNorm(nn.Module):
     """RMSNorm over the full width; the result keeps the input's dtype."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, ops: Ops = TORCH) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.ops = eps, ops
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class Gelu(nn.Module):
     """GELU, by its tanh approximation unless `exact`; without autograd it overwrites its input."""
 
-    def __init__(self, exact: bool = False) -> None:
+    def __init__(self, exact: bool = False, ops: Ops = TORCH) -> None:
         super().__init__()
-        self.approximate = "none" if exact else "tanh"
+        self.approximate, self.ops = "none" if exact else "tanh", ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(x, self.approximate, reusable(x))
+        return self.ops.gelu(x, self.approximate, reusable(x))
 
 
 class FeedForward(nn.Sequential):
     """Linear, GELU, Linear: the hidden activations stay in the weights' dtype."""
 
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
-        super().__init__(Linear(dim, hidden_dim), Gelu(), Linear(hidden_dim, out_dim or dim))
+    def __init__(
+        self, dim: int, hidden_dim: int, out_dim: int | None = None, ops: Ops = TORCH
+    ) -> None:
+        last = Linear(hidden_dim, out_dim or dim)
+        super().__init__(Linear(dim, hidden_dim), Gelu(ops=ops), last)
 
 
 class RopeTables:
@@ -160,33 +180,34 @@ class CrossKV(NamedTuple):
 class SelfAttention(nn.Module):
     """Full attention over the video's tokens: RMSNorm and rotary embedding on q and k."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.num_heads, self.eps = num_heads, eps
+        self.num_heads, self.eps, self.ops = num_heads, eps, ops
         self.q, self.k = Linear(dim, dim), Linear(dim, dim)
         self.v, self.o = Linear(dim, dim), Linear(dim, dim)
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps, ops), RMSNorm(dim, eps, ops)
 
     def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
         """x [B, L, D], freqs [L, hd / 2, 2] -> [B, L, D]."""
-        q = rms_norm_rope(self.q(x), self.norm_q.weight, freqs, self.num_heads, self.eps)
-        k = rms_norm_rope(self.k(x), self.norm_k.weight, freqs, self.num_heads, self.eps)
+        norm_rope = self.ops.rms_norm_rope
+        q = norm_rope(self.q(x), self.norm_q.weight, freqs, self.num_heads, self.eps)
+        k = norm_rope(self.k(x), self.norm_k.weight, freqs, self.num_heads, self.eps)
         v = _split_heads(self.v(x), self.num_heads)
-        return self.o(_join_heads(attention(q, k, v)))
+        return self.o(_join_heads(self.ops.attention(q, k, v)))
 
 
 class CrossAttention(nn.Module):
     """Attention from the video's tokens to the text's and, apart, to the image's; no rotation."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float, image: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, image: bool, ops: Ops) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.ops = num_heads, ops
         self.q, self.k = Linear(dim, dim), Linear(dim, dim)
         self.v, self.o = Linear(dim, dim), Linear(dim, dim)
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps, ops), RMSNorm(dim, eps, ops)
         if image:
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim, eps)
+            self.norm_k_img = RMSNorm(dim, eps, ops)
 
     def prepare(self, context: Tensor, image: Tensor | None) -> CrossKV:
         """Keys and values of text tokens [B, n, D] and image tokens [B, m, D]."""
@@ -209,10 +230,10 @@ class CrossAttention(nn.Module):
             y = y + self._attend(q, kv.k_image, kv.v_image)
         return self.o(_join_heads(y))
 
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         batch = q.shape[0]  # one context may serve every sample
-        return attention(q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), bias)
+        k, v = (x.expand(batch, -1, -1, -1) for x in (k, v))
+        return self.ops.attention(q, k, v, bias)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

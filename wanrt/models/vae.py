@@ -56,6 +56,7 @@ class WanVAE(nn.Module):
     Source: Wan2.1 @9737cba `wan/modules/vae.py`, Wan2.2 @42bf4cf `wan/modules/vae2_2.py`.
     """
 
+    OPS = VaeOps
     FP32_NAMES: tuple[str, ...] = ()
 
     def __init__(self, spec: VaeSpec, ops: VaeOps = TORCH) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.errors import FormatError
+from wanrt.models.layers import choose
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.detect import Detected, shape_of, translate
 from wanrt.weights.names import Kind, Source
@@ -50,7 +51,7 @@ def load_component(
     Raises FormatError. Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
     found = find_component(Path(path), kind)
-    module = skeleton(kind, found.spec)
+    module = skeleton(kind, found.spec, device, dtype)
     checkpoint = Checkpoint.open(found.path)
     sources = match(module, checkpoint, found)
     check_formats(checkpoint)
@@ -71,11 +72,22 @@ def load_component(
     return module.eval().requires_grad_(False)
 
 
-def skeleton(kind: Kind, spec: Spec) -> nn.Module:
-    """The empty module of a spec, on the meta device: names and shapes, no bytes."""
+def skeleton(
+    kind: Kind,
+    spec: Spec,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The empty module of a spec, on the meta device: names and shapes, no bytes.
+
+    Its ops are those for the device and dtype that it will be filled for.
+    """
     home, name = _CLASSES[kind]
+    module = getattr(import_module(home), name)
     with torch.device("meta"):
-        return getattr(import_module(home), name)(spec)
+        if not hasattr(module, "OPS"):
+            return module(spec)
+        return module(spec, choose(module.OPS, torch.device(device), dtype))
 
 
 def latent_statistics(z_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

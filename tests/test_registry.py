@@ -1,0 +1,78 @@
+"""Which backend does an op, and why: decided once, with reasons, and never the interpreter."""
+
+import logging
+
+import pytest
+import torch
+
+from wanrt.errors import UsageError
+from wanrt.kernels import registry, torch_ops
+from wanrt.kernels.target import Target, UnsupportedOp
+from wanrt.models import layers
+from wanrt.models.vae_layers import VaeOps
+
+CPU = Target("cpu", 0, torch.float32)
+
+
+def card(arch: int, dtype: torch.dtype = torch.bfloat16) -> Target:
+    return Target("cuda", arch, dtype)
+
+
+@pytest.mark.parametrize("name", registry.OPS)
+def test_a_cpu_gets_pytorch(name: str) -> None:
+    """Even where Triton's interpreter would run, as in these tests."""
+    choice = registry.resolve(name, CPU)
+    assert choice.backend == "torch" and "triton" in choice.declined
+
+
+@pytest.mark.parametrize("name", [op.name for op in registry.OPS.values() if op.triton])
+def test_a_card_gets_triton(name: str) -> None:
+    pytest.importorskip("triton")
+    assert registry.resolve(name, card(89)).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("target", "backend", "reason"),
+    [
+        (card(75), "triton", "needs compute capability 8.0, not 7.5"),
+        (card(89, torch.float64), "triton", "not torch.float64"),
+        (Target("mps", 0, torch.float16), "triton", "needs an NVIDIA GPU"),
+    ],
+)
+def test_reasons(target: Target, backend: str, reason: str) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(UnsupportedOp, match=reason):
+        registry.resolve("rms_norm", target, backend)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    choice = registry.resolve("rms_norm", card(89))
+    assert choice.backend == "torch" and choice.declined == {"triton": "Triton is not installed"}
+
+
+@pytest.mark.parametrize("ops", [layers.Ops, VaeOps])
+def test_models_take_what_was_resolved(
+    ops: type, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "wanrt")
+    chosen = layers.choose(ops, torch.device("cpu"), torch.float32)
+    assert chosen == ops(*(registry.function(name, "torch") for name in ops._fields))
+    assert len(caplog.records) == len(ops._fields)
+    monkeypatch.setenv("WANRT_OPS", "reference")
+    chosen = layers.choose(ops, torch.device("cpu"), torch.float32)
+    assert chosen == ops(*(registry.function(name, "reference") for name in ops._fields))
+
+
+def test_a_wrong_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANRT_OPS", "cuda")
+    with pytest.raises(UsageError, match="WANRT_OPS is 'cuda'; choose of auto"):
+        layers.choose(layers.Ops, torch.device("cpu"), torch.float32)
+    monkeypatch.setenv("WANRT_OPS", "triton")
+    monkeypatch.setattr(registry, "INTERPRETING", False)
+    with pytest.raises(UsageError, match="cannot run on cpu"):
+        layers.choose(layers.Ops, torch.device("cpu"), torch.float32)
+
+
+def test_the_default_arithmetic_is_pytorchs() -> None:
+    assert layers.TORCH.attention is torch_ops.attention
