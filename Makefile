@@ -11,7 +11,7 @@ PROMPT := a red circle moving right on a navy background
 TORCH_INDEX ?=
 PYTHON ?=
 
-.PHONY: help demo test test-slow lint format bench wheel clean
+.PHONY: help demo test test-slow lint format bench gpu wheel clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ format: $(VENV)/.installed-dev            ## let ruff mend what it can
 
 bench: $(VENV)/.installed-dev             ## the VAE's decoder beside that of diffusers
 	$(BIN)/wanrt bench vae --device cpu --peer diffusers
+
+gpu: $(VENV)/.installed-dev               ## compile, test and time the kernels on this GPU
+	$(BIN)/wanrt bench gpu
 
 wheel: $(VENV)/.installed                 ## dist/wanrt-*.whl
 	rm -rf build

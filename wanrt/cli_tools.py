@@ -137,6 +137,27 @@ def bench_compile(
     compile_report.main(archs.split(",") if archs else [], only, workers, out, as_json)
 
 
+def bench_ops(
+    device: Annotated[str, typer.Option(help="cuda.")] = "cuda",
+    only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """Every op at the models' shapes, Triton's beside PyTorch's, correctness first."""
+    from wanrt.bench import ops
+
+    ops.main(device, only, as_json)
+
+
+def bench_gpu(
+    only: Annotated[str, typer.Option(help="Cases and tests that have this in their name.")] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON lines; appended.")] = None,
+) -> None:
+    """Compile, test and measure every kernel on this machine's GPU, within nine minutes."""
+    from wanrt.bench import gpu
+
+    gpu.main(only, out)
+
+
 def ops(
     device: Annotated[str, typer.Option(help="cpu or cuda; this machine's by default.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the activations.")] = "bf16",
@@ -169,4 +190,6 @@ def add_to(app: typer.Typer) -> None:
     bench.command("vae")(bench_vae)
     bench.command("block")(bench_block)
     bench.command("compile")(bench_compile)
+    bench.command("ops")(bench_ops)
+    bench.command("gpu")(bench_gpu)
     app.add_typer(bench, name="bench")

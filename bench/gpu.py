@@ -1,0 +1,113 @@
+"""`wanrt bench gpu`: all that wants one NVIDIA GPU, within nine minutes.
+
+Compiles every kernel in parallel, tests every op on the device, then measures; each line of the
+result is on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanrt.bench import compile as gate
+from wanrt.bench import ops
+from wanrt.bench.measure import machine
+from wanrt.errors import NumericsError, UsageError
+from wanrt.kernels import registry
+from wanrt.kernels.cases import all_cases
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 510.0  # seconds after which nothing new begins
+_TESTS = ("tests/test_ops.py", "tests/test_ops_conv.py")
+
+
+def main(only: str, out: Path | None) -> None:
+    """Run everything. Raises NumericsError at the end where an op is wrong on this card."""
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "there is no NVIDIA GPU here; `wanrt bench compile` and the tests need none"
+        )
+    begin = time.monotonic()
+    about = machine("cuda") | {"triton": gate.triton.__version__}
+    out = out or ROOT / "bench" / "results" / f"{_slug(torch.cuda.get_device_name())}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with out.open("a", encoding="utf-8") as file:
+        for record in _records(only, begin):
+            failed += record.get("failed", 0)
+            file.write(json.dumps(record | about) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            print(json.dumps(record), flush=True)
+    print(f"{time.monotonic() - begin:.0f} s, written to {out}")
+    if failed:
+        raise NumericsError(f"{failed} op tests failed on {torch.cuda.get_device_name()}")
+
+
+def _records(only: str, begin: float) -> Iterator[dict[str, Any]]:
+    yield _compiled(only)
+    yield _tested(only)
+    yield {"bench": "ceilings"} | ops.ceilings()
+    yield from _peers()
+    for case in all_cases().values():
+        if case.size != "wan" or only not in case.id:
+            continue
+        for dtype in case.dtypes:
+            if time.monotonic() - begin > BUDGET:
+                yield {"bench": "ops", "case": case.id, "note": "not measured: out of time"}
+                continue
+            for row in ops.measure(case, dtype):
+                yield {"bench": "ops"} | asdict(row)
+            torch.cuda.empty_cache()
+
+
+def _compiled(only: str) -> dict[str, Any]:
+    """Compile for this card, or the nearest the gate knows; the launches that follow find it."""
+    start, arch = time.monotonic(), registry.here().arch
+    known = [a for a in gate.ARCHS if a <= arch]
+    rows = gate.compile_all([max(known)], only) if known else []
+    faults = [f"{row.kernel}: {fault}" for row in rows for fault in row.faults]
+    seconds = round(time.monotonic() - start, 1)
+    return {"bench": "compile", "kernels": len(rows), "faults": faults, "seconds": seconds}
+
+
+def _tested(only: str) -> dict[str, Any]:
+    """The op tests on the device, in a process of their own, without the rest's conftest."""
+    files = [name for name in _TESTS if (ROOT / name).exists()]
+    if not files:
+        return {"bench": "tests", "note": "not run: they are in the checkout, not in the package"}
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    command += ["-k", only] if only else []
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True)
+    tail = done.stdout.strip().splitlines()
+    found = {
+        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", tail[-1])
+    }
+    named = [line for line in tail if line.startswith(("FAILED", "ERROR"))]
+    found["failed"] = (
+        found.get("failed", 0) + found.pop("error", 0) + (done.returncode not in (0, 1, 5))
+    )
+    seconds = round(time.monotonic() - start, 1)
+    return {"bench": "tests"} | found | {"named": named[:40], "seconds": seconds}
+
+
+def _peers() -> Iterator[dict[str, Any]]:
+    """Which peers are here; one that is not is a row too."""
+    for name in ("sageattention", "fastvae", "diffusers", "cache_dit"):
+        here = importlib.util.find_spec(name) is not None
+        yield {"bench": "peer", "peer": name, "note": "" if here else "absent (make peers)"}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
