@@ -5,10 +5,13 @@ between two passes (normalised input, raw output of a convolution) stays small a
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wanrt.kernels.torch_winograd import convolve_pairs
 
 _PIECE = 1 << 21  # elements of input that go through a convolution at once
 _SLAB = 1 << 17  # elements that go through a norm at once, on a CPU
@@ -87,7 +90,7 @@ def _convolve(
     if history is None and kt > 1:
         y = _clip_start(frames, weight, bias, strides, padding)
     else:
-        y = _conv(frames, weight, bias, strides, padding)
+        y = _valid(frames, weight, bias, strides, padding)
     return y, _tail(frames, kt - stride) if kt > 1 else None
 
 
@@ -127,8 +130,28 @@ def _clip_start(
     heads = range(1, min(kt, t + 1))  # output frame i - 1 sees i frames and the last i taps
     parts = [_conv(x[:, :, :i], weight[:, :, -i:], bias, stride, padding) for i in heads]
     if t >= kt:
-        parts.append(_conv(x, weight, bias, stride, padding))
+        parts.append(_valid(x, weight, bias, stride, padding))
     return torch.cat(parts, dim=2)
+
+
+def _valid(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+) -> Tensor:
+    """The convolution of frames that have their past before them; in pairs where that pays."""
+    t = x.shape[2] - 2
+    if not (_onednn(x, weight) and t > 1 and stride[0] == 1 and weight.shape[2:] == (3, 3, 3)):
+        return _conv(x, weight, bias, stride, padding)
+    if x.shape[3] * x.shape[4] < _FEW_PIXELS:
+        return _conv(x, weight, bias, stride, padding)
+    each = partial(_conv, padding=padding)
+    if t % 2 == 0:
+        return convolve_pairs(x, weight, bias, each)
+    pairs = convolve_pairs(x[:, :, :-1], weight, bias, each)
+    return torch.cat([pairs, _conv(x[:, :, -3:], weight, bias, stride, padding)], dim=2)
 
 
 def _conv(
@@ -140,10 +163,15 @@ def _conv(
 ) -> Tensor:
     # NOTE: F.conv3d itself leaves fp32 inputs of one sample with C*T*H <= 20480 to a kernel that is
     # up to 25 times slower than oneDNN's (torch 2.13, ATen/native/Convolution.cpp use_mkldnn).
-    fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if fp32_on_cpu and not _tracked(x, weight) and torch.backends.mkldnn.is_available():
+    if _onednn(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    """fp32 on a CPU, no backward pass."""
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return fp32_on_cpu and not _tracked(x, weight) and torch.backends.mkldnn.is_available()
 
 
 def _fold(weight: Tensor, dim: int) -> Tensor:
