@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
 PROMPT := a red circle moving right on a navy background
+PEERS := sageattention==1.0.6 fastvae==0.1.0 diffusers==0.42.1 cache-dit==1.5.3
 TORCH_INDEX ?=
 PYTHON ?=
 
-.PHONY: help demo test test-slow lint format bench gpu wheel clean
+.PHONY: help demo test test-slow lint format bench gpu peers wheel clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +38,10 @@ bench: $(VENV)/.installed-dev             ## the VAE's decoder beside that of di
 	$(BIN)/wanrt bench vae --device cpu --peer diffusers
 
 gpu: $(VENV)/.installed-dev               ## compile, test and time the kernels on this GPU
-	$(BIN)/wanrt bench gpu
+	PYTHONPATH=.peers $(BIN)/wanrt bench gpu
+
+peers: $(VENV)/.installed-dev             ## what `make gpu` measures beside, into .peers/
+	$(PIP) install --no-deps --upgrade --target .peers $(PEERS)
 
 wheel: $(VENV)/.installed                 ## dist/wanrt-*.whl
 	rm -rf build

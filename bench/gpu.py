@@ -4,7 +4,6 @@ Compiles every kernel in parallel, tests every op on the device, then measures; 
 result is on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 from wanrt.bench import compile as gate
 from wanrt.bench import ops
 from wanrt.bench.measure import machine
+from wanrt.bench.rivals import absent
 from wanrt.errors import NumericsError, UsageError
 from wanrt.kernels import registry
 from wanrt.kernels.cases import all_cases
@@ -57,7 +57,8 @@ def _records(only: str, begin: float) -> Iterator[dict[str, Any]]:
     yield _compiled(only)
     yield _tested(only)
     yield {"bench": "ceilings"} | ops.ceilings()
-    yield from _peers()
+    for name, note in absent().items():
+        yield {"bench": "peer", "peer": name, "note": note}
     for case in all_cases().values():
         if case.size != "wan" or only not in case.id:
             continue
@@ -100,13 +101,6 @@ def _tested(only: str) -> dict[str, Any]:
     )
     seconds = round(time.monotonic() - start, 1)
     return {"bench": "tests"} | found | {"named": named[:40], "seconds": seconds}
-
-
-def _peers() -> Iterator[dict[str, Any]]:
-    """Which peers are here; one that is not is a row too."""
-    for name in ("sageattention", "fastvae", "diffusers", "cache_dit"):
-        here = importlib.util.find_spec(name) is not None
-        yield {"bench": "peer", "peer": name, "note": "" if here else "absent (make peers)"}
 
 
 def _slug(name: str) -> str:

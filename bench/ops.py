@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanrt.bench.measure import alternate, machine
+from wanrt.bench.rivals import rivals
 from wanrt.errors import UsageError
 from wanrt.kernels import registry
 from wanrt.kernels.cases import Case, all_cases
@@ -34,7 +35,7 @@ class Row:
     seconds: float | None = None
     gbytes_per_s: float | None = None
     tflops: float | None = None
-    speedup: float | None = None  # over PyTorch's
+    speedup: float | None = None  # over PyTorch's own choice
     cosine: float | None = None  # with PyTorch's result
     note: str = ""
 
@@ -64,7 +65,7 @@ def measure_all(only: str = "") -> Iterator[Row]:
 
 @torch.inference_mode()
 def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
-    """A row for Triton's and one for PyTorch's; small sizes work on a CPU too, for tests."""
+    """Rows of Triton's, PyTorch's and the rivals' kernels; small sizes run on a CPU, for tests."""
     name = str(dtype).removeprefix("torch.")
     target, tensors = registry.here(dtype, device), case.draw(dtype, device)
     runs: dict[str, Callable[[], Any]] = {}
@@ -75,12 +76,14 @@ def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
             runs[backend] = _bound(registry.function(case.op, backend), tensors, case.kwargs)
         else:
             rows[backend] = Row(case.id, name, backend, note=f"not measured: {reason}")
+    runs |= rivals(case, tensors, device)
     results = {}
     for backend, run in list(runs.items()):
         try:
             results[backend] = _flat(run())
-        except torch.OutOfMemoryError:
-            rows[backend] = Row(case.id, name, backend, note="not measured: out of memory")
+        except RuntimeError as error:  # out of memory, or a peer that declines this card
+            reason = str(error).partition("\n")[0]
+            rows[backend] = Row(case.id, name, backend, note=f"not measured: {reason}")
             del runs[backend]
     cosines = {b: _cosine(y, results["torch"]) for b, y in results.items() if "torch" in results}
     for backend, cosine in cosines.items():
@@ -104,7 +107,8 @@ def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
             speedup=seconds["torch"] / value if "torch" in seconds else None,
             cosine=cosines.get(backend),
         )
-    return [rows[backend] for backend in ("triton", "torch")]
+    order = ("triton", "torch", *rows)
+    return [rows[backend] for backend in dict.fromkeys(order) if backend in rows]
 
 
 def time_alternating(runs: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:

@@ -23,6 +23,7 @@ from wanrt.bench.measure import alternate, check_close, machine
 from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
 from wanrt.kernels import reference
+from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
 
@@ -98,7 +99,8 @@ def decode_flop(size: tuple[int, int]) -> int:
 def make_decoder(who: str, name: str, device: str) -> Decode:
     """The decode of one side, on random weights that are the same for both."""
     torch.manual_seed(0)
-    ours = WanVAE(VAE_2_1).eval().requires_grad_(False)
+    ops = choose(VaeOps, torch.device(device), _DTYPES[name])
+    ours = WanVAE(VAE_2_1, ops).eval().requires_grad_(False)
     if who == "wanrt":
         return ours.to(device, _DTYPES[name]).decode
     theirs = peers.diffusers_vae(ours).to(device, _DTYPES[name])

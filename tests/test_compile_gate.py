@@ -31,7 +31,9 @@ def test_every_kernel_compiles_as_it_is_meant(tmp_path: Path) -> None:
     assert all(row["registers"] > 0 for row in rows)
     named = (ROOT / "docs" / "compiled.md").read_text("utf-8")
     for kernel in {row["kernel"] for row in rows}:
-        assert f"`{kernel}`" in named, "docs/compiled.md is old: make it with wanrt bench compile -o"
+        assert f"`{kernel}`" in named, (
+            "docs/compiled.md is old: make it with wanrt bench compile -o"
+        )
 
 
 @pytest.mark.parametrize("name", TRITON_OPS)

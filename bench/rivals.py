@@ -1,0 +1,51 @@
+"""What users have today for an op, measured beside ours: PyTorch's fused kernels, sageattention."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanrt.kernels.cases import Case
+
+Run = Callable[[], Tensor]
+
+
+def rivals(case: Case, tensors: tuple[Any, ...], device: str) -> dict[str, Run]:
+    """Functions without arguments that compute what a case computes, by name; none on a CPU."""
+    if device != "cuda":
+        return {}
+    if case.op.startswith("attention") and len(tensors) == 3:
+        return _attention(*tensors)
+    return {}
+
+
+def absent() -> dict[str, str]:
+    """Peers that are not installed, and what installs them."""
+    names = ("sageattention", "fastvae", "diffusers", "cache_dit")
+    return {n: "absent (make peers)" for n in names if importlib.util.find_spec(n) is None}
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
+    runs: dict[str, Run] = {
+        "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION, q, k, v),
+        "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION, q, k, v),
+    }
+    if "sageattention" not in absent():
+        runs["sageattention"] = partial(_sage, q, k, v)
+    return runs
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="HND", is_causal=False)
