@@ -1,0 +1,375 @@
+"""The VAE's convolutions in Triton: implicit matrix products over pixels that lie channels last.
+
+What each computes is said in `reference.py` under the same name. A row of the product is an output
+pixel, a column an output channel; what is summed over is taps times input channels. The pixels that
+a tap sees are read where they lie: earlier frames from the history, zeros by masks, doubled images
+not at all. So nothing is concatenated, padded or unfolded.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanrt.kernels.arithmetic import cast, dot
+from wanrt.kernels.channel_norm import channel_norm_silu
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.target import Target
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Tile(NamedTuple):
+    """One program's output pixels and channels, its step through the input channels, its warps.
+
+    A width that is no power of two is a wide part and a narrow one: two products of the same rows.
+    """
+
+    pixels: int
+    wide: int
+    narrow: int
+    step: int
+    warps: int
+    stages: int
+
+
+# Widths that a program may have. 96 fits the channels of Wan 2.1, 80 those of 2.2's encoder.
+_WIDTHS = ((128, 0), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
+_ROW_COST = 32  # reading the pixels costs a program as much as that many more channels would
+_STAGES = {80: 4, 86: 3, 89: 3, 90: 4, 120: 3}
+
+
+def _tile(x: Tensor, out_channels: int) -> Tile:
+    """The widths that waste least. Steps divide 96 channels; untested on hardware."""
+    arch, channels = arch_of(x), x.shape[1]
+    wide, narrow = min(_WIDTHS, key=lambda w: triton.cdiv(out_channels, sum(w)) * (sum(w) + _ROW_COST))
+    if arch == INTERPRETER:
+        return Tile(1024, wide, narrow, max(16, min(64, triton.next_power_of_2(channels))), 4, 1)
+    step = 16 if channels <= 16 else 32
+    return Tile(128, wide, narrow, step, 8 if wide == 128 else 4, _STAGES.get(arch, 3))
+
+
+@triton.jit
+def _multiply(pixels, weight_ptr, inside, acc, ACCUMULATOR: tl.constexpr):
+    """acc + pixels @ weight, `[M, K] @ [K, N]`; fp32 whatever one step is added up in."""
+    weight = tl.load(weight_ptr, inside, 0.0)
+    if ACCUMULATOR == tl.float32:
+        return dot(pixels, weight, acc, tl.float32)
+    part = tl.zeros(acc.shape, ACCUMULATOR)
+    return acc + dot(pixels, weight, part, ACCUMULATOR).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    channel,
+    exists,
+    OUT: tl.constexpr,
+):
+    """Add bias and residual, round once, store; the pointers are those of the pixels `[M]`."""
+    mask = exists[:, None] & (channel < OUT)[None, :]
+    acc += tl.load(bias_ptr + channel, channel < OUT, 0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    y = cast(acc, out_ptr.dtype.element_ty)
+    tl.store(out_ptr[:, None] + channel[None, :], y, mask)
+
+
+@triton.jit(do_not_specialize=["num_pixels", "frames", "height", "width", "in_height", "in_width"])
+def _conv_kernel(
+    x_ptr,
+    history_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_pixels,
+    frames,
+    height,
+    width,
+    in_height,
+    in_width,
+    stride_xb,
+    stride_xt,
+    stride_hb,
+    stride_ht,
+    stride_rb,
+    stride_rt,
+    stride_ob,
+    stride_ot,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPS_T: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE_T: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    UP: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NARROW_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """TAPS_T x TAPS x TAPS taps over the frames of history and x, frames dense, channels last.
+
+    `weight` [UP^2, OUT, taps, IN]: with UP = 2, each place of an output pixel over its input pixel
+    has taps of its own, and program axis 1 counts the places.
+    """
+    CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
+    PAST: tl.constexpr = TAPS_T - STRIDE_T
+    SPAN: tl.constexpr = TAPS_T * TAPS * TAPS * IN  # of the weights of one output channel
+
+    pixel = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = pixel < num_pixels
+    frame = pixel // (height * width)
+    sample, time = (frame // frames).to(tl.int64), frame % frames
+    row, column = pixel // width % height, pixel % width
+    place = tl.program_id(1)
+    top = row * STRIDE - PAD + place // UP
+    left = column * STRIDE - PAD + place % UP
+
+    corner = (top.to(tl.int64) * in_width + left) * IN  # of the first tap, within a frame
+    time64 = (time * STRIDE_T).to(tl.int64)
+    x_rows = x_ptr + sample * stride_xb + (time64 - PAST) * stride_xt + corner
+    if history_ptr is not None:
+        history_rows = history_ptr + sample * stride_hb + time64 * stride_ht + corner
+
+    channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    weight_ptr += place.to(tl.int64) * OUT * SPAN
+    if NARROW_N > 0:
+        narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
+        narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.float32)
+
+    first = 0
+    if history_ptr is None:  # taps that see no frame of this tile are left out
+        first = tl.maximum(PAST - STRIDE_T * tl.max(time), 0) * TAPS * TAPS * CHUNKS
+    for step in range(first, TAPS_T * TAPS * TAPS * CHUNKS):
+        tap = step // CHUNKS
+        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        dt, dh, dw = tap // (TAPS * TAPS), tap // TAPS % TAPS, tap % TAPS
+        inside = exists & (top + dh >= 0) & (top + dh < in_height)
+        inside &= (left + dw >= 0) & (left + dw < in_width)
+        offset = (dh * in_width + dw).to(tl.int64) * IN
+        rows = x_rows + (dt * stride_xt + offset)
+        if history_ptr is None:
+            inside &= time * STRIDE_T + dt >= PAST
+        else:
+            past = time * STRIDE_T + dt < PAST
+            rows = tl.where(past, history_rows + (dt * stride_ht + offset), rows)
+        mask = inside[:, None] & (k < IN)[None, :]
+        pixels = tl.load(rows[:, None] + k[None, :], mask, 0.0)  # [M, K]
+        taps_ptr = weight_ptr + tap * IN + k[:, None]
+        held = (k < IN)[:, None] & (channel < OUT)[None, :]
+        acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc, ACCUMULATOR)
+        if NARROW_N > 0:
+            held = (k < IN)[:, None] & (narrow < OUT)[None, :]
+            narrow_acc = _multiply(
+                pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc, ACCUMULATOR
+            )
+
+    target = ((row * UP + place // UP).to(tl.int64) * (width * UP) + column * UP + place % UP) * OUT
+    time64 = time.to(tl.int64)
+    out_rows = out_ptr + sample * stride_ob + time64 * stride_ot + target
+    residual_rows = None
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + sample * stride_rb + time64 * stride_rt + target
+    _finish(acc, bias_ptr, residual_rows, out_rows, channel, exists, OUT)
+    if NARROW_N > 0:
+        _finish(narrow_acc, bias_ptr, residual_rows, out_rows, narrow, exists, OUT)
+
+
+@triton.jit
+def _fold_kernel(weight_ptr, out_ptr, count, IN: tl.constexpr, BLOCK: tl.constexpr):
+    """3x3 taps over doubled pixels -> 2x2 taps over the pixels, for one of 2x2 places.
+
+    `weight` [O, 3, 3, IN] -> `out` [2, 2, O, 2, 2, IN]; program axis 1 counts places, then taps.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # over O and IN
+    exists = index < count
+    channel, place, tap = index % IN, tl.program_id(1) // 4, tl.program_id(1) % 4
+    i, j, a, b = place // 2, place % 2, tap // 2, tap % 2
+    source = weight_ptr + index // IN * (9 * IN) + channel
+    total = tl.zeros((BLOCK,), tl.float32)
+    for r in tl.static_range(3):
+        for s in tl.static_range(3):
+            seen = ((r > i) == (a > 0)) & ((s > j) == (b > 0))
+            total += tl.load(source + (3 * r + s) * IN, exists & seen, 0.0).to(tl.float32)
+    target = out_ptr + place.to(tl.int64) * (4 * count) + index // IN * (4 * IN) + tap * IN
+    tl.store(target + channel, cast(total, out_ptr.dtype.element_ty), exists)
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    out: Tensor | None = None,
+    accumulator: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.causal_conv3d`; a weight that lies channels last is read as it is."""
+    b, _, t, h, w = x.shape
+    taps_t = weight.shape[2]
+    x = _frames_dense(x if gamma is None else channel_norm_silu(x, gamma))
+    history = None if history is None else _frames_dense(history)
+    y = out
+    if out is None or gamma is None or not _is_frames_dense(out):  # x may be what out overwrites
+        y = _empty(x, (b, weight.shape[0], t // stride, h, w))
+    _convolve(
+        x,
+        _packed(weight, x.dtype),
+        bias,
+        y,
+        history=history,
+        residual=residual,
+        taps=weight.shape[2:4],
+        strides=(stride, 1),
+        pad=weight.shape[3] // 2,
+        accumulator=accumulator,
+    )
+    kept = _tail(history, x, taps_t - stride) if taps_t > 1 else None
+    return (y if out is None or y is out else out.copy_(y)), kept
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.upsample_conv2d`.
+
+    An output pixel sees 2x2 input pixels, so the 3x3 taps fold into 2x2 for each of the four places
+    of an output pixel over its input pixel: 4/9 of the multiplications.
+    """
+    x = _frames_dense(x)
+    b, c, t, h, w = x.shape
+    o = weight.shape[0]
+    folded = torch.empty((4, o, 4, c), dtype=x.dtype, device=x.device)
+    block = 1024
+    launch(
+        _fold_kernel,
+        (triton.cdiv(o * c, block), 16),
+        weight.contiguous(memory_format=torch.channels_last),
+        folded,
+        o * c,
+        IN=c,
+        BLOCK=block,
+        num_warps=4,
+    )
+    y = _empty(x, (b, o, t, 2 * h, 2 * w))
+    _convolve(x, folded, bias, y, taps=(1, 2), pad=1, up=2)
+    return y
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.downsample_conv2d`."""
+    x = _frames_dense(x)
+    b, _, t, h, w = x.shape
+    y = _empty(x, (b, weight.shape[0], t, h // 2, w // 2))
+    _convolve(x, _packed(weight.unsqueeze(2), x.dtype), bias, y, taps=(1, 3), strides=(1, 2))
+    return y
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    history: Tensor | None = None,
+    residual: Tensor | None = None,
+    taps: tuple[int, int] = (1, 1),
+    strides: tuple[int, int] = (1, 1),
+    pad: int = 0,
+    up: int = 1,
+    accumulator: torch.dtype = torch.float32,
+) -> None:
+    """`taps` and `strides` of time and of both sides of a frame; weight dense, channels last."""
+    b, o, t, h, w = out.shape
+    pixels = b * t * (h // up) * (w // up)
+    assert pixels < 2**31, f"{out.shape=}"
+    tile = _tile(x, o)
+    residual = None if residual is None else _frames_dense(residual)
+    in_fp16 = accumulator == x.dtype == torch.float16
+    launch(
+        _conv_kernel,
+        (triton.cdiv(pixels, tile.pixels) * triton.cdiv(o, tile.wide + tile.narrow), up * up),
+        x,
+        history,
+        weight,
+        bias,
+        residual,
+        out,
+        pixels,
+        t,
+        h // up,
+        w // up,
+        *x.shape[3:],
+        *_outer_strides(x),
+        *_outer_strides(history),
+        *_outer_strides(residual),
+        *_outer_strides(out),
+        mma=(Mma(DTYPES[x.dtype], "f16" if in_fp16 else "f32"),),
+        IN=x.shape[1],
+        OUT=o,
+        TAPS_T=taps[0],
+        TAPS=taps[1],
+        STRIDE_T=strides[0],
+        STRIDE=strides[1],
+        PAD=pad,
+        UP=up,
+        ACCUMULATOR=tl.float16 if in_fp16 else tl.float32,
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.wide,
+        NARROW_N=tile.narrow,
+        BLOCK_K=tile.step,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _tail(history: Tensor | None, x: Tensor, num: int) -> Tensor:
+    """A copy of the last frames; where there are fewer, zeros in front."""
+    b, c, t, h, w = x.shape
+    kept = _empty(x, (b, c, num, h, w))
+    older = max(0, num - t)
+    if older:
+        kept[:, :, :older] = 0 if history is None else history[:, :, num - older :]
+    kept[:, :, older:] = x[:, :, t - (num - older) :]
+    return kept
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[O, C, kt, kh, kw] as [O, kt, kh, kw, C] in memory: a copy unless it lies so already."""
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _is_frames_dense(x: Tensor) -> bool:
+    return x[:1, :, :1].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _frames_dense(x: Tensor) -> Tensor:
+    """Every frame channels last and dense; samples and frames may lie anywhere."""
+    return x if _is_frames_dense(x) else x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _outer_strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(2))
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d
+    )
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in DTYPES:
+        return f"multiplies bf16 and fp16, not {target.dtype}"
+    return None
