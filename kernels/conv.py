@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
 from wanrt.kernels.arithmetic import cast, dot
 from wanrt.kernels.channel_norm import channel_norm_silu
@@ -24,7 +25,8 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 class Tile(NamedTuple):
     """One program's output pixels and channels, its step through the input channels, its warps.
 
-    A width that is no power of two is a wide part and a narrow one: two products of the same rows.
+    Its channels are a wide part and a narrow one, two products of the same pixels: 96 channels are
+    no power of two, and 128 in one product take more registers than in two.
     """
 
     pixels: int
@@ -35,20 +37,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Widths that a program may have. 96 fits the channels of Wan 2.1, 80 those of 2.2's encoder.
-_WIDTHS = ((128, 0), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
-_ROW_COST = 32  # reading the pixels costs a program as much as that many more channels would
-_STAGES = {80: 4, 86: 3, 89: 3, 90: 4, 120: 3}
+# 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
+_WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
+_READING = 32  # to read its pixels costs a program about as much as this many channels more
 
 
-def _tile(x: Tensor, out_channels: int) -> Tile:
-    """The widths that waste least. Steps divide 96 channels; untested on hardware."""
+def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
+    """The widths that waste least. Steps of 32 divide 96 and leave 99 KiB to two programs.
+
+    NOTE: chosen by registers and shared memory, two programs to a multiprocessor; not yet timed.
+    """
     arch, channels = arch_of(x), x.shape[1]
-    wide, narrow = min(_WIDTHS, key=lambda w: triton.cdiv(out_channels, sum(w)) * (sum(w) + _ROW_COST))
+    wide, narrow = min(_WIDTHS, key=lambda w: cdiv(out_channels, sum(w)) * (sum(w) + _READING))
     if arch == INTERPRETER:
-        return Tile(1024, wide, narrow, max(16, min(64, triton.next_power_of_2(channels))), 4, 1)
-    step = 16 if channels <= 16 else 32
-    return Tile(128, wide, narrow, step, 8 if wide == 128 else 4, _STAGES.get(arch, 3))
+        rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
+        return Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
+    longest = 64 if arch in (80, 90) and channels % 64 == 0 else 32
+    step = min(longest, max(16, triton.next_power_of_2(channels)))
+    return Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def _finish(
     tl.store(out_ptr[:, None] + channel[None, :], y, mask)
 
 
-@triton.jit(do_not_specialize=["num_pixels", "frames", "height", "width", "in_height", "in_width"])
+@triton.jit(do_not_specialize=["frames", "height", "width", "in_height", "in_width"])
 def _conv_kernel(
     x_ptr,
     history_ptr,
@@ -88,7 +94,6 @@ def _conv_kernel(
     bias_ptr,
     residual_ptr,
     out_ptr,
-    num_pixels,
     frames,
     height,
     width,
@@ -116,56 +121,50 @@ def _conv_kernel(
     NARROW_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """TAPS_T x TAPS x TAPS taps over the frames of history and x, frames dense, channels last.
+    """TAPS_T x TAPS x TAPS taps over history and x; a program's pixels are of one frame.
 
     `weight` [UP^2, OUT, taps, IN]: with UP = 2, each place of an output pixel over its input pixel
-    has taps of its own, and program axis 1 counts the places.
+    has taps of its own; program axis 1 counts the places, axis 2 the frames of all samples.
     """
     CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
     PAST: tl.constexpr = TAPS_T - STRIDE_T
     SPAN: tl.constexpr = TAPS_T * TAPS * TAPS * IN  # of the weights of one output channel
 
+    place, frame = tl.program_id(1), tl.program_id(2)
+    sample, time = (frame // frames).to(tl.int64), (frame % frames).to(tl.int64)
     pixel = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = pixel < num_pixels
-    frame = pixel // (height * width)
-    sample, time = (frame // frames).to(tl.int64), frame % frames
-    row, column = pixel // width % height, pixel % width
-    place = tl.program_id(1)
-    top = row * STRIDE - PAD + place // UP
+    row, column = pixel // width, pixel % width
+    top = row * STRIDE - PAD + place // UP  # of the first tap
     left = column * STRIDE - PAD + place % UP
-
-    corner = (top.to(tl.int64) * in_width + left) * IN  # of the first tap, within a frame
-    time64 = (time * STRIDE_T).to(tl.int64)
-    x_rows = x_ptr + sample * stride_xb + (time64 - PAST) * stride_xt + corner
+    corner = (top.to(tl.int64) * in_width + left) * IN
+    x_ptr += sample * stride_xb
     if history_ptr is not None:
-        history_rows = history_ptr + sample * stride_hb + time64 * stride_ht + corner
+        history_ptr += sample * stride_hb
+    weight_ptr += place.to(tl.int64) * OUT * SPAN
 
     channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    weight_ptr += place.to(tl.int64) * OUT * SPAN
     if NARROW_N > 0:
         narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
         narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.float32)
 
     first = 0
-    if history_ptr is None:  # taps that see no frame of this tile are left out
-        first = tl.maximum(PAST - STRIDE_T * tl.max(time), 0) * TAPS * TAPS * CHUNKS
+    if history_ptr is None:  # there is nothing before x, so the taps that would see it are left out
+        first = tl.maximum(PAST - STRIDE_T * time.to(tl.int32), 0) * TAPS * TAPS * CHUNKS
     for step in range(first, TAPS_T * TAPS * TAPS * CHUNKS):
         tap = step // CHUNKS
-        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
         dt, dh, dw = tap // (TAPS * TAPS), tap // TAPS % TAPS, tap % TAPS
-        inside = exists & (top + dh >= 0) & (top + dh < in_height)
+        seen = time * STRIDE_T + dt  # frame, counted from the first of the history
+        source = x_ptr + (seen - PAST) * stride_xt
+        if history_ptr is not None:
+            source = tl.where(seen < PAST, history_ptr + seen * stride_ht, source)
+        source += (dh * in_width + dw).to(tl.int64) * IN
+        inside = (row < height) & (top + dh >= 0) & (top + dh < in_height)
         inside &= (left + dw >= 0) & (left + dw < in_width)
-        offset = (dh * in_width + dw).to(tl.int64) * IN
-        rows = x_rows + (dt * stride_xt + offset)
-        if history_ptr is None:
-            inside &= time * STRIDE_T + dt >= PAST
-        else:
-            past = time * STRIDE_T + dt < PAST
-            rows = tl.where(past, history_rows + (dt * stride_ht + offset), rows)
+        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (k < IN)[None, :]
-        pixels = tl.load(rows[:, None] + k[None, :], mask, 0.0)  # [M, K]
+        pixels = tl.load(source + corner[:, None] + k[None, :], mask, 0.0)  # [M, K]
         taps_ptr = weight_ptr + tap * IN + k[:, None]
         held = (k < IN)[:, None] & (channel < OUT)[None, :]
         acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc, ACCUMULATOR)
@@ -175,15 +174,14 @@ def _conv_kernel(
                 pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc, ACCUMULATOR
             )
 
-    target = ((row * UP + place // UP).to(tl.int64) * (width * UP) + column * UP + place % UP) * OUT
-    time64 = time.to(tl.int64)
-    out_rows = out_ptr + sample * stride_ob + time64 * stride_ot + target
+    target = (row * UP + place // UP).to(tl.int64) * (width * UP) + column * UP + place % UP
+    out_rows = out_ptr + sample * stride_ob + time * stride_ot + target * OUT
     residual_rows = None
     if residual_ptr is not None:
-        residual_rows = residual_ptr + sample * stride_rb + time64 * stride_rt + target
-    _finish(acc, bias_ptr, residual_rows, out_rows, channel, exists, OUT)
+        residual_rows = residual_ptr + sample * stride_rb + time * stride_rt + target * OUT
+    _finish(acc, bias_ptr, residual_rows, out_rows, channel, row < height, OUT)
     if NARROW_N > 0:
-        _finish(narrow_acc, bias_ptr, residual_rows, out_rows, narrow, exists, OUT)
+        _finish(narrow_acc, bias_ptr, residual_rows, out_rows, narrow, row < height, OUT)
 
 
 @triton.jit
@@ -254,7 +252,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     block = 1024
     launch(
         _fold_kernel,
-        (triton.cdiv(o * c, block), 16),
+        (cdiv(o * c, block), 16),
         weight.contiguous(memory_format=torch.channels_last),
         folded,
         o * c,
@@ -291,24 +289,26 @@ def _convolve(
 ) -> None:
     """`taps` and `strides` of time and of both sides of a frame; weight dense, channels last."""
     b, o, t, h, w = out.shape
-    pixels = b * t * (h // up) * (w // up)
-    assert pixels < 2**31, f"{out.shape=}"
-    tile = _tile(x, o)
+    h, w = h // up, w // up
+    tile = _tile(x, o, h * w)
     residual = None if residual is None else _frames_dense(residual)
     in_fp16 = accumulator == x.dtype == torch.float16
     launch(
         _conv_kernel,
-        (triton.cdiv(pixels, tile.pixels) * triton.cdiv(o, tile.wide + tile.narrow), up * up),
+        (
+            cdiv(h * w, tile.pixels) * cdiv(o, tile.wide + tile.narrow),
+            up * up,
+            b * t,
+        ),
         x,
         history,
         weight,
         bias,
         residual,
         out,
-        pixels,
         t,
-        h // up,
-        w // up,
+        h,
+        w,
         *x.shape[3:],
         *_outer_strides(x),
         *_outer_strides(history),
