@@ -215,7 +215,10 @@ def causal_conv3d(
     out: Tensor | None = None,
     accumulator: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d`; a weight that lies channels last is read as it is."""
+    """See `reference.causal_conv3d`; no bit depends on where a clip is cut here either.
+
+    A weight that lies channels last is read as it is; any other is copied so, at every call.
+    """
     b, _, t, h, w = x.shape
     taps_t = weight.shape[2]
     x = _frames_dense(x if gamma is None else channel_norm_silu(x, gamma))

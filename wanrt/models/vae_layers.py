@@ -149,10 +149,13 @@ class AttentionBlock(nn.Module):
         qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
         q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
-        return self._pointwise(y, self.proj, walk).add_(x)
+        return self._pointwise(y, self.proj, walk, residual=x)
 
-    def _pointwise(self, x: Tensor, conv: nn.Conv2d, walk: Walk) -> Tensor:
-        return walk.ops.causal_conv3d(x, conv.weight.unsqueeze(2), conv.bias, None)[0]
+    def _pointwise(
+        self, x: Tensor, conv: nn.Conv2d, walk: Walk, residual: Tensor | None = None
+    ) -> Tensor:
+        weight = conv.weight.unsqueeze(2)
+        return walk.ops.causal_conv3d(x, weight, conv.bias, None, residual=residual)[0]
 
 
 class Resample(nn.Module):
