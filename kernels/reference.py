@@ -1,6 +1,6 @@
 """The specification: every op of the models in plain PyTorch, fp32 inside, formula and source.
 
-`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's four.
+`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's five.
 `dtype` is that of the result: the caller names the one in which the next matrix product runs (None
 keeps the input's). `out` receives the result and may be the first input itself.
 
@@ -151,34 +151,47 @@ def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
     return y.movedim(-1, 1).to(x.dtype)
 
 
+def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU(rms_norm_channels(x)), rounded once: a / (1 + e^-a).
+
+    x [B, C, ...], gamma with C elements (any trailing ones) -> [B, C, ...].
+    """
+    return F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype)
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     history: Tensor | None,
     gamma: Tensor | None = None,
+    residual: Tensor | None = None,
     stride: int = 1,
     out: Tensor | None = None,
+    accumulator: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     """3-D convolution that sees no later frame: `history`, the frames before x, stands in front.
 
     None is the start of a clip, zeros. Zeros around each frame keep its size. With `gamma`, x first
-    becomes SiLU(rms_norm_channels(x)), and the history holds such frames. `stride` is that of time.
+    becomes `channel_norm_silu(x, gamma)`, and the history holds such frames. `residual` is added to
+    the result, and may be what `out` overwrites. `stride` is that of time.
     Frame by frame, so that no bit of the result depends on where a clip is cut into pieces.
+    `accumulator` permits what is not done here: fp16 lets fp16 products be added up in fp16, at
+    most 128 before they join an fp32 sum. GeForce cards do so twice as fast.
     x [B, C, T, H, W], weight [O, C, kt, kh, kw], history [B, C, kt - stride, H, W]
     -> [B, O, T / stride, H, W] and the history of what follows x (None where kt is 1).
     """
     kt, kh, kw = weight.shape[2:]
     if gamma is not None:
-        normed = [rms_norm_channels(frame.float(), gamma) for frame in x.split(1, 2)]
-        x = torch.cat([F.silu(frame) for frame in normed], 2).to(x.dtype)
+        x = torch.cat([channel_norm_silu(frame, gamma) for frame in x.split(1, 2)], 2)
     if history is None:
         history = x.new_zeros(*x.shape[:2], kt - stride, *x.shape[3:])
     frames = torch.cat((history, x), 2)
     ends = range(kt, frames.shape[2] + 1, stride)
     y = [_conv(frames[:, :, end - kt : end], weight, bias, (0, kh // 2, kw // 2)) for end in ends]
     kept = frames[:, :, frames.shape[2] - (kt - stride) :].clone() if kt > 1 else None
-    return _store(torch.cat(y, 2).to(x.dtype), out), kept
+    total = torch.cat(y, 2) if residual is None else torch.cat(y, 2) + residual.float()
+    return _store(total.to(x.dtype), out), kept
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

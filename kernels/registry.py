@@ -43,10 +43,11 @@ OPS = {
         Op("attention", "torch_ops"),
         Op("quantize", "torch_quantize"),
         Op("dequantize", "torch_quantize"),
-        Op("rms_norm_channels", "torch_conv"),
-        Op("causal_conv3d", "torch_conv"),
-        Op("upsample_conv2d", "torch_conv"),
-        Op("downsample_conv2d", "torch_conv"),
+        Op("rms_norm_channels", "torch_conv", "channel_norm"),
+        Op("channel_norm_silu", "torch_conv", "channel_norm"),
+        Op("causal_conv3d", "torch_conv", "conv"),
+        Op("upsample_conv2d", "torch_conv", "conv"),
+        Op("downsample_conv2d", "torch_conv", "conv"),
     )
 }
 

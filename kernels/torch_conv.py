@@ -26,24 +26,34 @@ def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
     return (x * scale * gamma).to(x.dtype)
 
 
+def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """See `reference.channel_norm_silu`."""
+    return F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype)
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     history: Tensor | None,
     gamma: Tensor | None = None,
+    residual: Tensor | None = None,
     stride: int = 1,
     out: Tensor | None = None,
+    accumulator: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d`."""
+    """See `reference.causal_conv3d`; what sums are added up in is PyTorch's choice."""
     b, _, t, h, w = x.shape
     size = _frames_at_once(x, weight)
     if out is None and size >= t:
-        return _convolve(x, weight, bias, history, gamma, stride)
+        y, history = _convolve(x, weight, bias, history, gamma, stride)
+        return y if residual is None else y.add_(residual), history
     if out is None:
         out = _empty(x, (b, weight.shape[0], t // stride, h, w))
-    for source, target in zip(x.split(size, 2), out.split(size // stride, 2), strict=True):
-        target[:], history = _convolve(source, weight, bias, history, gamma, stride)
+    for i, source in enumerate(x.split(size, 2)):
+        y, history = _convolve(source, weight, bias, history, gamma, stride)
+        frames = slice(i * size // stride, (i + 1) * size // stride)
+        out[:, :, frames] = y if residual is None else y.add_(residual[:, :, frames])
     return out, history
 
 
@@ -97,7 +107,7 @@ def _convolve(
 def _behind(history: Tensor | None, x: Tensor, gamma: Tensor | None) -> Tensor:
     """History, then x (normalised and through SiLU when gamma is given), in one buffer."""
     if gamma is not None and _tracked(x, gamma):
-        x, gamma = F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype), None
+        x, gamma = channel_norm_silu(x, gamma), None
     if gamma is None:
         return x if history is None else torch.cat([history, x], dim=2)
     b, c, t, h, w = x.shape

@@ -30,6 +30,7 @@ TOKENIZER = NANO_WEIGHTS / "tokenizer.json"
 def pytest_configure(config: pytest.Config) -> None:
     # Small shapes lose time on many threads. OMP_NUM_THREADS can ask for fewer.
     torch.set_num_threads(min(torch.get_num_threads(), 4))
+    torch.backends.cudnn.allow_tf32 = False  # a reference in fp32 is fp32 on a GPU too
 
 
 @pytest.fixture(scope="session")

@@ -69,21 +69,23 @@ class CausalConv3d(nn.Conv3d):
         x: Tensor,
         walk: Walk | None,
         gamma: Tensor | None = None,
+        residual: Tensor | None = None,
         history: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """x `[B, C, T, H, W]` -> `[B, O, T, H, W]`; `gamma`: RMS norm and SiLU come first.
 
-        `history` stands in front of x where the state has nothing; `out` may be x itself; a 1x1x1
-        convolution needs no walk.
+        `residual` is added; `history` stands in front of x where the state has nothing; `out` may
+        be x itself; a 1x1x1 convolution needs no walk.
         """
         ops = walk.ops if walk else TORCH
         if self.slot < 0:
             return ops.causal_conv3d(x, self.weight, self.bias, None)[0]
         if walk.slots[self.slot] is not None:
             history = walk.slots[self.slot]
-        stride = self.stride[0]
-        y, kept = ops.causal_conv3d(x, self.weight, self.bias, history, gamma, stride, out)
+        y, kept = ops.causal_conv3d(
+            x, self.weight, self.bias, history, gamma, residual, self.stride[0], out
+        )
         walk.keep(self.slot, kept)
         return y
 
@@ -123,10 +125,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         y = conv1(x, walk, gamma=norm1.gamma)
-        y = conv2(y, walk, gamma=norm2.gamma, out=reusable(y))
         if isinstance(self.shortcut, CausalConv3d):
             x = self.shortcut(x, walk)
-        return y.add_(x)
+        return conv2(y, walk, gamma=norm2.gamma, residual=x, out=reusable(y))
 
 
 class AttentionBlock(nn.Module):
@@ -148,10 +149,13 @@ class AttentionBlock(nn.Module):
         qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
         q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
-        return self._pointwise(y, self.proj, walk).add_(x)
+        return self._pointwise(y, self.proj, walk, residual=x)
 
-    def _pointwise(self, x: Tensor, conv: nn.Conv2d, walk: Walk) -> Tensor:
-        return walk.ops.causal_conv3d(x, conv.weight.unsqueeze(2), conv.bias, None)[0]
+    def _pointwise(
+        self, x: Tensor, conv: nn.Conv2d, walk: Walk, residual: Tensor | None = None
+    ) -> Tensor:
+        weight = conv.weight.unsqueeze(2)
+        return walk.ops.causal_conv3d(x, weight, conv.bias, None, residual=residual)[0]
 
 
 class Resample(nn.Module):

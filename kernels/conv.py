@@ -1,0 +1,378 @@
+"""The VAE's convolutions in Triton: implicit matrix products over pixels that lie channels last.
+
+What each computes is said in `reference.py` under the same name. A row of the product is an output
+pixel, a column an output channel; what is summed over is taps times input channels. The pixels that
+a tap sees are read where they lie: earlier frames from the history, zeros by masks, doubled images
+not at all. So nothing is concatenated, padded or unfolded.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from wanrt.kernels.arithmetic import cast, dot
+from wanrt.kernels.channel_norm import channel_norm_silu
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.target import Target
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Tile(NamedTuple):
+    """One program's output pixels and channels, its step through the input channels, its warps.
+
+    Its channels are a wide part and a narrow one, two products of the same pixels: 96 channels are
+    no power of two, and 128 in one product take more registers than in two.
+    """
+
+    pixels: int
+    wide: int
+    narrow: int
+    step: int
+    warps: int
+    stages: int
+
+
+# 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
+_WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
+_READING = 32  # to read its pixels costs a program about as much as this many channels more
+
+
+def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
+    """The widths that waste least. Steps of 32 divide 96 and leave 99 KiB to two programs.
+
+    NOTE: chosen by registers and shared memory, two programs to a multiprocessor; not yet timed.
+    """
+    arch, channels = arch_of(x), x.shape[1]
+    wide, narrow = min(_WIDTHS, key=lambda w: cdiv(out_channels, sum(w)) * (sum(w) + _READING))
+    if arch == INTERPRETER:
+        rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
+        return Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
+    longest = 64 if arch in (80, 90) and channels % 64 == 0 else 32
+    step = min(longest, max(16, triton.next_power_of_2(channels)))
+    return Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
+
+
+@triton.jit
+def _multiply(pixels, weight_ptr, inside, acc, ACCUMULATOR: tl.constexpr):
+    """acc + pixels @ weight, `[M, K] @ [K, N]`; fp32 whatever one step is added up in."""
+    weight = tl.load(weight_ptr, inside, 0.0)
+    if ACCUMULATOR == tl.float32:
+        return dot(pixels, weight, acc, tl.float32)
+    part = tl.zeros(acc.shape, ACCUMULATOR)
+    return acc + dot(pixels, weight, part, ACCUMULATOR).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    channel,
+    exists,
+    OUT: tl.constexpr,
+):
+    """Add bias and residual, round once, store; the pointers are those of the pixels `[M]`."""
+    mask = exists[:, None] & (channel < OUT)[None, :]
+    acc += tl.load(bias_ptr + channel, channel < OUT, 0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    y = cast(acc, out_ptr.dtype.element_ty)
+    tl.store(out_ptr[:, None] + channel[None, :], y, mask)
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width", "in_height", "in_width"])
+def _conv_kernel(
+    x_ptr,
+    history_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    frames,
+    height,
+    width,
+    in_height,
+    in_width,
+    stride_xb,
+    stride_xt,
+    stride_hb,
+    stride_ht,
+    stride_rb,
+    stride_rt,
+    stride_ob,
+    stride_ot,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPS_T: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE_T: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    UP: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NARROW_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """TAPS_T x TAPS x TAPS taps over history and x; a program's pixels are of one frame.
+
+    `weight` [UP^2, OUT, taps, IN]: with UP = 2, each place of an output pixel over its input pixel
+    has taps of its own; program axis 1 counts the places, axis 2 the frames of all samples.
+    """
+    CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
+    PAST: tl.constexpr = TAPS_T - STRIDE_T
+    SPAN: tl.constexpr = TAPS_T * TAPS * TAPS * IN  # of the weights of one output channel
+
+    place, frame = tl.program_id(1), tl.program_id(2)
+    sample, time = (frame // frames).to(tl.int64), (frame % frames).to(tl.int64)
+    pixel = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, column = pixel // width, pixel % width
+    top = row * STRIDE - PAD + place // UP  # of the first tap
+    left = column * STRIDE - PAD + place % UP
+    corner = (top.to(tl.int64) * in_width + left) * IN
+    x_ptr += sample * stride_xb
+    if history_ptr is not None:
+        history_ptr += sample * stride_hb
+    weight_ptr += place.to(tl.int64) * OUT * SPAN
+
+    channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if NARROW_N > 0:
+        narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
+        narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.float32)
+
+    first = 0
+    if history_ptr is None:  # there is nothing before x, so the taps that would see it are left out
+        first = tl.maximum(PAST - STRIDE_T * time.to(tl.int32), 0) * TAPS * TAPS * CHUNKS
+    for step in range(first, TAPS_T * TAPS * TAPS * CHUNKS):
+        tap = step // CHUNKS
+        dt, dh, dw = tap // (TAPS * TAPS), tap // TAPS % TAPS, tap % TAPS
+        seen = time * STRIDE_T + dt  # frame, counted from the first of the history
+        source = x_ptr + (seen - PAST) * stride_xt
+        if history_ptr is not None:
+            source = tl.where(seen < PAST, history_ptr + seen * stride_ht, source)
+        source += (dh * in_width + dw).to(tl.int64) * IN
+        inside = (row < height) & (top + dh >= 0) & (top + dh < in_height)
+        inside &= (left + dw >= 0) & (left + dw < in_width)
+        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (k < IN)[None, :]
+        pixels = tl.load(source + corner[:, None] + k[None, :], mask, 0.0)  # [M, K]
+        taps_ptr = weight_ptr + tap * IN + k[:, None]
+        held = (k < IN)[:, None] & (channel < OUT)[None, :]
+        acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc, ACCUMULATOR)
+        if NARROW_N > 0:
+            held = (k < IN)[:, None] & (narrow < OUT)[None, :]
+            narrow_acc = _multiply(
+                pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc, ACCUMULATOR
+            )
+
+    target = (row * UP + place // UP).to(tl.int64) * (width * UP) + column * UP + place % UP
+    out_rows = out_ptr + sample * stride_ob + time * stride_ot + target * OUT
+    residual_rows = None
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + sample * stride_rb + time * stride_rt + target * OUT
+    _finish(acc, bias_ptr, residual_rows, out_rows, channel, row < height, OUT)
+    if NARROW_N > 0:
+        _finish(narrow_acc, bias_ptr, residual_rows, out_rows, narrow, row < height, OUT)
+
+
+@triton.jit
+def _fold_kernel(weight_ptr, out_ptr, count, IN: tl.constexpr, BLOCK: tl.constexpr):
+    """3x3 taps over doubled pixels -> 2x2 taps over the pixels, for one of 2x2 places.
+
+    `weight` [O, 3, 3, IN] -> `out` [2, 2, O, 2, 2, IN]; program axis 1 counts places, then taps.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # over O and IN
+    exists = index < count
+    channel, place, tap = index % IN, tl.program_id(1) // 4, tl.program_id(1) % 4
+    i, j, a, b = place // 2, place % 2, tap // 2, tap % 2
+    source = weight_ptr + index // IN * (9 * IN) + channel
+    total = tl.zeros((BLOCK,), tl.float32)
+    for r in tl.static_range(3):
+        for s in tl.static_range(3):
+            seen = ((r > i) == (a > 0)) & ((s > j) == (b > 0))
+            total += tl.load(source + (3 * r + s) * IN, exists & seen, 0.0).to(tl.float32)
+    target = out_ptr + place.to(tl.int64) * (4 * count) + index // IN * (4 * IN) + tap * IN
+    tl.store(target + channel, cast(total, out_ptr.dtype.element_ty), exists)
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    out: Tensor | None = None,
+    accumulator: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.causal_conv3d`; no bit depends on where a clip is cut here either.
+
+    A weight that lies channels last is read as it is; any other is copied so, at every call.
+    """
+    b, _, t, h, w = x.shape
+    taps_t = weight.shape[2]
+    x = _frames_dense(x if gamma is None else channel_norm_silu(x, gamma))
+    history = None if history is None else _frames_dense(history)
+    y = out
+    if out is None or gamma is None or not _is_frames_dense(out):  # x may be what out overwrites
+        y = _empty(x, (b, weight.shape[0], t // stride, h, w))
+    _convolve(
+        x,
+        _packed(weight, x.dtype),
+        bias,
+        y,
+        history=history,
+        residual=residual,
+        taps=weight.shape[2:4],
+        strides=(stride, 1),
+        pad=weight.shape[3] // 2,
+        accumulator=accumulator,
+    )
+    kept = _tail(history, x, taps_t - stride) if taps_t > 1 else None
+    return (y if out is None or y is out else out.copy_(y)), kept
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.upsample_conv2d`.
+
+    An output pixel sees 2x2 input pixels, so the 3x3 taps fold into 2x2 for each of the four places
+    of an output pixel over its input pixel: 4/9 of the multiplications.
+    """
+    x = _frames_dense(x)
+    b, c, t, h, w = x.shape
+    o = weight.shape[0]
+    folded = torch.empty((4, o, 4, c), dtype=x.dtype, device=x.device)
+    block = 1024
+    launch(
+        _fold_kernel,
+        (cdiv(o * c, block), 16),
+        weight.contiguous(memory_format=torch.channels_last),
+        folded,
+        o * c,
+        IN=c,
+        BLOCK=block,
+        num_warps=4,
+    )
+    y = _empty(x, (b, o, t, 2 * h, 2 * w))
+    _convolve(x, folded, bias, y, taps=(1, 2), pad=1, up=2)
+    return y
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.downsample_conv2d`."""
+    x = _frames_dense(x)
+    b, _, t, h, w = x.shape
+    y = _empty(x, (b, weight.shape[0], t, h // 2, w // 2))
+    _convolve(x, _packed(weight.unsqueeze(2), x.dtype), bias, y, taps=(1, 3), strides=(1, 2))
+    return y
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    history: Tensor | None = None,
+    residual: Tensor | None = None,
+    taps: tuple[int, int] = (1, 1),
+    strides: tuple[int, int] = (1, 1),
+    pad: int = 0,
+    up: int = 1,
+    accumulator: torch.dtype = torch.float32,
+) -> None:
+    """`taps` and `strides` of time and of both sides of a frame; weight dense, channels last."""
+    b, o, t, h, w = out.shape
+    h, w = h // up, w // up
+    tile = _tile(x, o, h * w)
+    residual = None if residual is None else _frames_dense(residual)
+    in_fp16 = accumulator == x.dtype == torch.float16
+    launch(
+        _conv_kernel,
+        (
+            cdiv(h * w, tile.pixels) * cdiv(o, tile.wide + tile.narrow),
+            up * up,
+            b * t,
+        ),
+        x,
+        history,
+        weight,
+        bias,
+        residual,
+        out,
+        t,
+        h,
+        w,
+        *x.shape[3:],
+        *_outer_strides(x),
+        *_outer_strides(history),
+        *_outer_strides(residual),
+        *_outer_strides(out),
+        mma=(Mma(DTYPES[x.dtype], "f16" if in_fp16 else "f32"),),
+        IN=x.shape[1],
+        OUT=o,
+        TAPS_T=taps[0],
+        TAPS=taps[1],
+        STRIDE_T=strides[0],
+        STRIDE=strides[1],
+        PAD=pad,
+        UP=up,
+        ACCUMULATOR=tl.float16 if in_fp16 else tl.float32,
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.wide,
+        NARROW_N=tile.narrow,
+        BLOCK_K=tile.step,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _tail(history: Tensor | None, x: Tensor, num: int) -> Tensor:
+    """A copy of the last frames; where there are fewer, zeros in front."""
+    b, c, t, h, w = x.shape
+    kept = _empty(x, (b, c, num, h, w))
+    older = max(0, num - t)
+    if older:
+        kept[:, :, :older] = 0 if history is None else history[:, :, num - older :]
+    kept[:, :, older:] = x[:, :, t - (num - older) :]
+    return kept
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[O, C, kt, kh, kw] as [O, kt, kh, kw, C] in memory: a copy unless it lies so already."""
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _is_frames_dense(x: Tensor) -> bool:
+    return x[:1, :, :1].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _frames_dense(x: Tensor) -> Tensor:
+    """Every frame channels last and dense; samples and frames may lie anywhere."""
+    return x if _is_frames_dense(x) else x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _outer_strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(2))
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d
+    )
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in DTYPES:
+        return f"multiplies bf16 and fp16, not {target.dtype}"
+    return None
