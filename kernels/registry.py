@@ -40,7 +40,7 @@ OPS = {
         Op("rms_norm", "torch_ops", "norm"),
         Op("rms_norm_rope", "torch_ops", "norm"),
         Op("gelu", "torch_ops"),
-        Op("attention", "torch_ops"),
+        Op("attention", "torch_ops", "attention"),
         Op("quantize", "torch_quantize"),
         Op("dequantize", "torch_quantize"),
         Op("rms_norm_channels", "torch_conv"),
