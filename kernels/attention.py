@@ -50,7 +50,7 @@ class Scales(NamedTuple):
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     ptr,
     stride,
     count,
@@ -105,10 +105,10 @@ def _attention_kernel(
     q_ptr += b * q_strides[0] + h * q_strides[1] + first * q_strides[2]
     k_ptr += b * k_strides[0] + h * k_strides[1]
     v_ptr += b * v_strides[0] + h * v_strides[1]
-    q = _load_rows(q_ptr, q_strides[2], num_rows, HEAD_DIM, HD, BLOCK_M, True)  # [M, HD]
+    q = load_rows(q_ptr, q_strides[2], num_rows, HEAD_DIM, HD, BLOCK_M, True)  # [M, HD]
     factor = tl.full([BLOCK_M], scale * LOG2_E, tl.float32)  # scores become powers of two
     if scale_ptrs is not None:
-        factor *= tl.load(scale_ptrs[0] + head * length + first + row, row_exists, 0.0)
+        factor *= tl.load(scale_ptrs[0] + head * length + first + row, row_exists, 1.0)
     if bias_ptr is not None:
         bias_ptr += b * bias_strides[0] + h * bias_strides[1]
     acc = tl.zeros([BLOCK_M, HD], tl.float32)
@@ -119,7 +119,7 @@ def _attention_kernel(
         for start in tl.range(whole if LAST else 0, num_keys if LAST else whole, BLOCK_N):
             left = num_keys - start
             at = tl.cast(start, tl.int64)
-            k = _load_rows(
+            k = load_rows(
                 k_ptr + at * k_strides[2], k_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
             )
             if scale_ptrs is None:
@@ -146,7 +146,7 @@ def _attention_kernel(
             shrink = tl.exp2(peak - peak_next)
             total = total * shrink + tl.sum(p, 1)
             peak = peak_next
-            v = _load_rows(
+            v = load_rows(
                 v_ptr + at * v_strides[2], v_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
             )
             p = cast(p, v.dtype)
@@ -186,7 +186,7 @@ def attend(
     num_keys = k.shape[2]
     assert head_dim <= MAX_HEAD_DIM and scale > 0, f"{q.shape=} {scale=}"
     assert k.shape == v.shape == (b, num_heads, num_keys, head_dim), f"{k.shape=} {v.shape=}"
-    q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
+    q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
     out = torch.empty(b, length, num_heads, head_dim, dtype=dtype, device=q.device)
     out = out.transpose(1, 2)
     width = max(32, triton.next_power_of_2(head_dim))
@@ -221,7 +221,7 @@ def attend(
     return out
 
 
-def _rows_dense(x: Tensor) -> Tensor:
+def rows_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanrt.kernels.cases import BF16, FP16, FP32, Case, Limit, Tensors, normal
+from wanrt.kernels.cases import BF16, FP16, FP32, Case, Limit, Tensors, heavy_tailed, normal
 
 _PROBABILITIES = "probabilities are rounded to the values' dtype before they meet them"
 LIMITS = {
@@ -14,7 +14,12 @@ LIMITS = {
         FP32: Limit(0, 2e-6, "sums in another order"),
         BF16: Limit(0, 2**-7, _PROBABILITIES),
         FP16: Limit(0, 2**-10, _PROBABILITIES),
-    }
+    },
+    "attention_int8": {
+        FP32: Limit(0, 2**-10, _PROBABILITIES),
+        BF16: Limit(0, 2**-7, _PROBABILITIES),
+        FP16: Limit(0, 2**-9, _PROBABILITIES),
+    },
 }
 
 
@@ -47,6 +52,13 @@ def hidden_keys(*shown: int) -> Tensor:
     for b, count in enumerate(shown):
         bias[b, ..., : 300 - count] = -torch.inf
     return bias
+
+
+def real(b: int, h: int, length: int, num_keys: int) -> Tensors:
+    """Heads with outliers, and keys whose channels have means as large as those."""
+    q, k, v = (heavy_tailed(b, n, h * 128) for n in (length, num_keys, num_keys))
+    k = k + 20 * torch.randn(h * 128)
+    return tuple(x.unflatten(-1, (h, 128)).transpose(1, 2) for x in (q, k, v))
 
 
 def products(q: Tensor, k: Tensor, *_: Tensor | None) -> int:
@@ -124,7 +136,24 @@ CASES = [
         {"scale": 1.0},
         activations=3,
     ),
+    Case("attention_int8", "odd", lambda: slices(2, 2, 65, 128), activations=3),
+    Case("attention_int8", "real", lambda: real(1, 3, 63, 257), activations=3),
+    Case("attention_int8", "head-of-64", qkv(1, 2, 33, 150, 64), activations=3),
+    Case("attention_int8", "one-token", qkv(1, 2, 1, 1), activations=3),
+    Case(
+        "attention_int8",
+        "key-bias",
+        lambda: (*qkv(2, 2, 65, 9)(), lengths_bias(3, 500)),
+        activations=3,
+    ),
+    Case(
+        "attention_int8",
+        "position-bias",
+        lambda: (*qkv(2, 4, 11, 140)(), normal(1, 4, 11, 140)),
+        activations=3,
+    ),
     *_wan("attention"),
+    *_wan("attention_int8"),
     Case(
         "attention",
         "clip",

@@ -41,6 +41,7 @@ OPS = {
         Op("rms_norm_rope", "torch_ops", "norm"),
         Op("gelu", "torch_ops"),
         Op("attention", "torch_ops", "attention"),
+        Op("attention_int8", "torch_quantize", "attention_int8"),
         Op("quantize", "torch_quantize"),
         Op("dequantize", "torch_quantize"),
         Op("rms_norm_channels", "torch_conv"),
