@@ -116,7 +116,7 @@ def _attention_kernel(
     peak = tl.full([BLOCK_M], LEAST, tl.float32)
     whole = num_keys // BLOCK_N * BLOCK_N
     for LAST in tl.static_range(2):  # the whole blocks without masks, then what is left
-        for start in tl.range(whole if LAST else 0, num_keys if LAST else whole, BLOCK_N):
+        for start in range(whole if LAST else 0, num_keys if LAST else whole, BLOCK_N):
             left = num_keys - start
             at = tl.cast(start, tl.int64)
             k = load_rows(
@@ -167,6 +167,7 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`; the result is a view [B, H, L, hd] of [B, L, H, hd]."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    assert q.dtype == k.dtype == v.dtype, f"{q.dtype=} {k.dtype=} {v.dtype=}"
     operand = {torch.bfloat16: "bf16", torch.float16: "f16"}[q.dtype]
     return attend(q, k, v, bias, scale, None, v.dtype, (Mma(operand, "f32"),))
 

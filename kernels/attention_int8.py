@@ -1,9 +1,9 @@
 """Attention on int8 tensor cores in Triton: q and k in eight bits, probabilities and v in fp16.
 
 What it computes is said in `reference.py`. One pass turns and quantises q, one k, which takes v
-along; `attention.py` multiplies. On GeForce cards int8 products are four times as fast as bf16 with
-fp32 sums, and fp16 sums twice as fast as fp32: a block of keys is added up in fp16, all blocks in
-fp32. Untested on hardware.
+along; `attention.py` multiplies. By their data sheets, GeForce cards multiply int8 four times as
+fast as bf16, and fp16 twice as fast if they add up in fp16: so a block of keys is added up in fp16,
+all blocks in fp32. Untested on hardware.
 Source: SageAttention, arXiv 2410.02367, for int8 with fp16 sums.
 """
 
@@ -90,7 +90,7 @@ def attention_int8(
     head_dim = q.shape[-1]
     assert head_dim in (32, 64, 128), f"{q.shape=}"
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    ready = prepare_int8(q, k, v)
+    ready = Preparation(*(x.contiguous() for x in prepare_int8(q, k, v)))  # PyTorch keeps layouts
     q8, q_scale, _ = _quantize(q, None, ready.q_factor, ready)
     k8, k_scale, v16 = _quantize(k, v, ready.k_factor, ready)
     assert v16 is not None

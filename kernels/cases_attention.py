@@ -149,6 +149,17 @@ CASES = [
     ),
     Case(
         "attention_int8",
+        "shared-context",
+        lambda: (
+            heads(2, 3, 65, 128),
+            heads(1, 3, 9, 128).expand(2, -1, -1, -1),
+            heads(1, 3, 9, 128).expand(2, -1, -1, -1),
+            lengths_bias(7),
+        ),
+        activations=3,
+    ),
+    Case(
+        "attention_int8",
         "position-bias",
         lambda: (*qkv(2, 4, 11, 140)(), normal(1, 4, 11, 140)),
         activations=3,

@@ -153,10 +153,10 @@ class Preparation(NamedTuple):
 
 
 def prepare_int8(q: Tensor, k: Tensor, v: Tensor) -> Preparation:
-    """Four numbers of each channel and one of each head, from one look at every token."""
+    """Three numbers of each channel and one of each head, all from ranges over the tokens."""
     k_low, k_high = k.aminmax(dim=2, keepdim=True)
-    q_exponent = _exponent(_largest(q)).clamp(-64, 64)
-    k_exponent = _exponent(k_high.float() - k_low.float()).clamp(-64, 64)
+    q_exponent = _exponent(_largest(q))
+    k_exponent = _exponent(k_high.float() - k_low.float())
     exponent = ((k_exponent - q_exponent) >> 1).clamp(-8, 8)  # fp16 holds 2^-8 and 2^8 alike
     one = torch.ones_like(exponent, dtype=torch.float32)
     v_exponent = _exponent(_largest(v).amax(-1, keepdim=True))
