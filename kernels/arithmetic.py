@@ -18,6 +18,8 @@ def dot(a, b, acc, OUT: tl.constexpr):
     if SIMULATED:
         if a.dtype == tl.bfloat16:
             return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, out_dtype=OUT)
+        if OUT == tl.float16:  # not after each term: a tensor core rounds after each sixteenth
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc).to(OUT)
     return tl.dot(a, b, acc, out_dtype=OUT)
 
 

@@ -51,13 +51,22 @@ class Case(NamedTuple):
         """The same values on every device and in every process."""
         if device == "meta":
             with torch.device("meta"):
-                return self._cast(self.tensors(), dtype)
+                return self._cast(self.tensors(), dtype, device)
         torch.manual_seed(sum(self.id.encode()))
-        return self._cast(tuple(x if x is None else x.to(device) for x in self.tensors()), dtype)
+        return self._cast(self.tensors(), dtype, device)
 
-    def _cast(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        cast, others = tensors[: self.activations], tensors[self.activations :]
-        return (*(x if x is None else x.to(dtype) for x in cast), *others)
+    def _cast(self, tensors: Tensors, dtype: torch.dtype, device: str) -> Tensors:
+        dtypes = (dtype if i < self.activations else None for i in range(len(tensors)))
+        return tuple(_copy(x, d, device) for x, d in zip(tensors, dtypes, strict=True))
+
+
+def _copy(x: Tensor | None, dtype: torch.dtype | None, device: str) -> Tensor | None:
+    """x in another dtype or place, in its own layout: `to` closes the gaps of a view."""
+    if x is None:
+        return None
+    stored = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    stored = stored.to(device, dtype or x.dtype)
+    return stored.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 # One unit in the last place of the result: the same fp32 value, rounded once, may fall to either

@@ -140,6 +140,70 @@ def attention(
     return (scores.softmax(-1) @ v.float()).to(v.dtype)
 
 
+class Preparation(NamedTuple):
+    """What q, k and v meet before the products of `attention_int8`, fp32; factors are powers of 2.
+
+    k loses its mean; then q and k meet their factors.
+    """
+
+    mean: Tensor  # [B, H, 1, hd], of k over the keys
+    q_factor: Tensor  # [B, H, 1, hd]
+    k_factor: Tensor  # [B, H, 1, hd], the inverse
+    v_scale: Tensor  # [B, H, 1, 1]: v / v_scale lies in [-1, 1]
+
+
+def prepare_int8(q: Tensor, k: Tensor, v: Tensor) -> Preparation:
+    """Three numbers of each channel and one of each head, all from ranges over the tokens."""
+    k_low, k_high = k.aminmax(dim=2, keepdim=True)
+    q_exponent = _exponent(_largest(q))
+    k_exponent = _exponent(k_high.float() - k_low.float())
+    exponent = ((k_exponent - q_exponent) >> 1).clamp(-8, 8)  # fp16 holds 2^-8 and 2^8 alike
+    one = torch.ones_like(exponent, dtype=torch.float32)
+    v_exponent = _exponent(_largest(v).amax(-1, keepdim=True))
+    return Preparation(
+        k.mean(2, keepdim=True, dtype=torch.float32),
+        torch.ldexp(one, exponent),
+        torch.ldexp(one, -exponent),
+        torch.ldexp(one[..., :1], v_exponent),
+    )
+
+
+def attention_int8(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """`attention` whose q k^T multiplies int8, and whose p v multiplies fp16.
+
+    Rows of q and k are quantised as by `quantize`, after three changes that leave the softmax as it
+    is and make eight bits enough. k loses its mean over the keys: q · mean is one number for all
+    keys of a query, and adding a number to a whole row of scores changes no probability. Each
+    channel of q meets a power of two, that of k its inverse, so that their ranges are alike. Both
+    are turned by one Hadamard matrix, H H^T = hd, which spreads a large channel over all.
+    Probabilities are rounded relative to the largest of their row. hd is a power of two.
+    Source: arXiv 2410.02367 (mean), 2211.10438 (factors), 2404.00456 (Hadamard).
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    ready = prepare_int8(q, k, v)
+    turn = hadamard(q.shape[-1], q.device)
+    q8 = quantize((q.float() * ready.q_factor) @ turn, torch.int8)
+    k8 = quantize(((k.float() - ready.mean) * ready.k_factor) @ turn, torch.int8)
+    scores = q8.values.float() @ k8.values.float().transpose(-1, -2)  # whole numbers below 2^24
+    scores = scores * q8.scale * k8.scale.transpose(-1, -2) * (scale / q.shape[-1])
+    if bias is not None:
+        scores = scores + bias.float()
+    p = (scores - scores.amax(-1, keepdim=True)).exp() * 256  # fp16 holds a 2^32nd of the largest
+    v16 = (v.float() / ready.v_scale).half()
+    return (p.half().float() @ v16.float() / p.sum(-1, keepdim=True) * ready.v_scale).to(v.dtype)
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """fp32 [size, size] of 1 and -1: minus where the numbers of row and column share odd bits."""
+    assert size & (size - 1) == 0, f"{size=} is not a power of two"
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
     """x / max(|x|_2, 1e-12) * sqrt(C) * gamma, the norm taken over the channel axis 1.
 
@@ -223,6 +287,17 @@ def _conv(
     stride: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensor:
     return F.conv3d(x.float().contiguous(), weight.float(), bias.float(), stride, padding)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each channel over the tokens, [B, H, 1, hd]."""
+    low, high = x.aminmax(dim=2, keepdim=True)
+    return torch.maximum(high.float(), -low.float())
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The least e with x < 2^e."""
+    return torch.frexp(x.clamp_min(TINY)).exponent
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

@@ -114,7 +114,9 @@ GRADIENTS = [
     for run in _runs(("torch",))
     if run.values[0].dtype == torch.float32
     and "quantize" not in run.id
+    and "int8" not in run.id
     and "one-key" not in run.id  # whose q and k have none
+    and "one-token" not in run.id
 ]
 
 

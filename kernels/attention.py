@@ -1,0 +1,239 @@
+"""Attention in Triton: every query sees every key, scores never leave the chip.
+
+What it computes is said in `reference.py`. A program holds BLOCK_M queries of one head and walks
+over the keys, BLOCK_N at a time, with the running maximum and sum of its softmax in fp32. With
+scales of q and k (`attention_int8.py`) the same kernel multiplies eight-bit integers.
+Source: FlashAttention-2, arXiv 2307.08691, algorithm 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanrt.kernels.arithmetic import cast, dot
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.target import Target
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 128
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+# The largest probability of a block is 2^HEADROOM, so that fp16 holds those down to 2^-32 of it.
+HEADROOM: tl.constexpr = tl.constexpr(8)
+# NOTE: a bias below this counts as -inf.
+LEAST: tl.constexpr = tl.constexpr(-1e30)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one step of a program, its warps, and stages of its loads."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# 128 queries of 128 columns fill the registers of 8 warps. Untested on hardware.
+TILE = Tile(128, 64, 8, 2)
+TILE_INTERPRETER = Tile(128, 128, 4, 1)
+
+
+class Scales(NamedTuple):
+    """What integers q and k and prepared v are multiplied by: dense, fp32."""
+
+    q: Tensor  # [B, H, L, 1]
+    k: Tensor  # [B, H, n, 1]
+    v: Tensor  # [B, H, 1, 1]
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    stride,
+    count,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """[BLOCK, HD] from ptr on: zeros past HEAD_DIM and, at an EDGE, the last row past `count`.
+
+    To repeat a row takes fewer registers than to mask it.
+    """
+    row, column = tl.arange(0, BLOCK), tl.arange(0, HD)[None, :]
+    if EDGE:
+        row = tl.minimum(row, count - 1)
+    at = ptr + row[:, None] * stride + column
+    if HEAD_DIM < HD:
+        return tl.load(at, column < HEAD_DIM, 0.0)
+    return tl.load(at)
+
+
+@triton.jit(do_not_specialize=["length", "num_keys"])
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    scale_ptrs,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    length,
+    num_keys,
+    num_heads,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """softmax(q k^T * scale + bias) v; p v is added up in SUM within a block, in fp32 over all."""
+    head = tl.program_id(1).to(tl.int64)  # of all samples
+    b, h = head // num_heads, head % num_heads
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row, key, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, HD)
+    num_rows = (length - first).to(tl.int32)
+    row_exists = row < num_rows
+    q_ptr += b * q_strides[0] + h * q_strides[1] + first * q_strides[2]
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    v_ptr += b * v_strides[0] + h * v_strides[1]
+    q = load_rows(q_ptr, q_strides[2], num_rows, HEAD_DIM, HD, BLOCK_M, True)  # [M, HD]
+    factor = tl.full([BLOCK_M], scale * LOG2_E, tl.float32)  # scores become powers of two
+    if scale_ptrs is not None:
+        factor *= tl.load(scale_ptrs[0] + head * length + first + row, row_exists, 1.0)
+    if bias_ptr is not None:
+        bias_ptr += b * bias_strides[0] + h * bias_strides[1]
+    acc = tl.zeros([BLOCK_M, HD], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], LEAST, tl.float32)
+    whole = num_keys // BLOCK_N * BLOCK_N
+    for LAST in tl.static_range(2):  # the whole blocks without masks, then what is left
+        for start in range(whole if LAST else 0, num_keys if LAST else whole, BLOCK_N):
+            left = num_keys - start
+            at = tl.cast(start, tl.int64)
+            k = load_rows(
+                k_ptr + at * k_strides[2], k_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
+            )
+            if scale_ptrs is None:
+                scores = dot(q, tl.trans(k), None, tl.float32)  # [M, N]
+            else:
+                scores = dot(q, tl.trans(k), None, tl.int32).to(tl.float32)
+                k_scale = tl.load(scale_ptrs[1] + head * num_keys + at + key, key < left, 0.0)
+                scores *= k_scale[None, :]
+            if LAST:
+                scores = tl.where((key < left)[None, :], scores, -float("inf"))
+            if bias_ptr is None:
+                peak_next = tl.maximum(peak, tl.max(scores, 1) * factor)
+                powers = scores * factor[:, None]
+            else:
+                bias_at = bias_ptr + (at + key)[None, :] * bias_strides[3]
+                exists = (key < left)[None, :]
+                if bias_strides[2] is not None:
+                    bias_at += (first + row)[:, None] * bias_strides[2]
+                    exists &= row_exists[:, None]
+                bias = tl.load(bias_at, exists, 0.0).to(tl.float32)  # [M or 1, N]
+                powers = scores * factor[:, None] + bias * LOG2_E
+                peak_next = tl.maximum(peak, tl.max(powers, 1))
+            p = tl.exp2(powers - (peak_next - HEADROOM)[:, None])
+            shrink = tl.exp2(peak - peak_next)
+            total = total * shrink + tl.sum(p, 1)
+            peak = peak_next
+            v = load_rows(
+                v_ptr + at * v_strides[2], v_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
+            )
+            p = cast(p, v.dtype)
+            if SUM == tl.float32:
+                acc = dot(p, v, acc * shrink[:, None], SUM)
+            else:
+                acc = acc * shrink[:, None] + dot(p, v, None, SUM).to(tl.float32)
+    if scale_ptrs is not None:
+        acc *= tl.load(scale_ptrs[2] + head)
+    out_ptr += b * out_strides[0] + h * out_strides[1] + first * out_strides[2]
+    target = out_ptr + row[:, None] * out_strides[2] + column[None, :]
+    result = cast(acc / total[:, None], out_ptr.dtype.element_ty)
+    tl.store(target, result, row_exists[:, None] & (column < HEAD_DIM)[None, :])
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """See `reference.attention`; the result is a view [B, H, L, hd] of [B, L, H, hd]."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    assert q.dtype == k.dtype == v.dtype, f"{q.dtype=} {k.dtype=} {v.dtype=}"
+    operand = {torch.bfloat16: "bf16", torch.float16: "f16"}[q.dtype]
+    return attend(q, k, v, bias, scale, None, v.dtype, (Mma(operand, "f32"),))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    scales: Scales | None,
+    dtype: torch.dtype,
+    mma: tuple[Mma, ...],
+) -> Tensor:
+    """Start the kernel. With `scales`, q and k are int8 and v fp16."""
+    b, num_heads, length, head_dim = q.shape
+    num_keys = k.shape[2]
+    assert head_dim <= MAX_HEAD_DIM and scale > 0, f"{q.shape=} {scale=}"
+    assert k.shape == v.shape == (b, num_heads, num_keys, head_dim), f"{k.shape=} {v.shape=}"
+    q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
+    out = torch.empty(b, length, num_heads, head_dim, dtype=dtype, device=q.device)
+    out = out.transpose(1, 2)
+    width = max(32, triton.next_power_of_2(head_dim))
+    tile = TILE_INTERPRETER if arch_of(q) == INTERPRETER else TILE
+    launch(
+        _attention_kernel,
+        (triton.cdiv(length, tile.queries), b * num_heads),
+        q,
+        k,
+        v,
+        bias,
+        out,
+        scales,
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        None if bias is None else _broadcast(bias, (b, num_heads, length, num_keys)),
+        out.stride()[:3],
+        length,
+        num_keys,
+        num_heads,
+        scale,
+        HEAD_DIM=head_dim,
+        HD=width,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        SUM=tl.float16 if Mma("f16", "f16") in mma else tl.float32,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        mma=mma,
+    )
+    return out
+
+
+def rows_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _broadcast(bias: Tensor, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Strides of the bias; no stride of rows where all share one."""
+    b, h, row, key = bias.expand(shape).stride()
+    return b, h, None if bias.shape[-2] == 1 else row, key
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in DTYPES:
+        return f"tensor cores multiply bf16 and fp16, not {target.dtype}"
+    return None

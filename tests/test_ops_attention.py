@@ -1,0 +1,96 @@
+"""What the table of cases does not say of attention: int8 comes near the exact result, and why."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanrt.kernels import reference, registry
+from wanrt.kernels.cases_attention import heads, real
+from wanrt.kernels.reference import dequantize, quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = registry.BACKENDS
+NEAR = 0.999
+
+
+def op(name: str, backend: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    reason = registry.reason_against(name, backend, registry.here(dtype))
+    if reason is not None:
+        pytest.skip(reason)
+    return registry.function(name, backend)
+
+
+def cosines(actual: Tensor, expected: Tensor) -> list[float]:
+    """Of each head."""
+    return F.cosine_similarity(
+        actual.double().transpose(0, 1).flatten(1), expected.double().transpose(0, 1).flatten(1)
+    ).tolist()
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+
+
+def draw(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    q, k, v = real(1, 4, 128, 256)
+    return q.to(DEVICE, dtype), k.to(DEVICE, dtype), v.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_is_near_exact_attention(backend: str, dtype: torch.dtype) -> None:
+    """Every head, with channels 60 times as large as others and keys far from zero."""
+    function = op("attention_int8", backend, dtype)
+    for seed in range(2 if backend == "triton" else 8):
+        q, k, v = draw(seed, dtype)
+        assert min(cosines(function(q, k, v), exact(q, k, v))) >= NEAR, f"{seed=}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quantised_rows_alone_are_not_near(seed: int) -> None:
+    """What the mean, the factors and the Hadamard matrix are for: the test above can fail."""
+    q, k, v = draw(seed, torch.float32)
+    for keys in (k, k - k.mean(2, keepdim=True)):
+        bare = reference.attention(
+            dequantize(quantize(q, torch.int8)), dequantize(quantize(keys, torch.int8)), v
+        )
+        assert min(cosines(bare, exact(q, k, v))) < NEAR
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_does_not_see_the_mean_of_the_keys(backend: str) -> None:
+    """Keys of eighths, moved by up to 250, which fp16 holds exactly."""
+    function = op("attention_int8", backend, torch.float16)
+    torch.manual_seed(0)
+    q, k, v = (heads(1, 2, 70, 64).to(DEVICE, torch.float16) for _ in range(3))
+    k = (k * 8).round() / 8
+    far = torch.randint(-2000, 2000, (1, 2, 1, 64), device=DEVICE).half() / 8
+    moved = k + far
+    assert torch.equal(moved - far, k)
+    difference = (function(q, moved, v) - function(q, k, v)).abs().max()
+    assert difference <= 2**-9 * v.abs().max()  # a key near a tie may round to its other side
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_takes_values_of_any_size(backend: str) -> None:
+    """No sum in fp16 overflows, and a power of two passes through."""
+    torch.manual_seed(0)
+    q, k, v = (heads(1, 1, 257, 64).to(DEVICE) for _ in range(3))
+    for dtype, factor in ((torch.bfloat16, 2.0**100), (torch.bfloat16, 2.0**-90)):
+        function = op("attention_int8", backend, dtype)
+        q16, k16, v16 = q.to(dtype), k.to(dtype), v.to(dtype)
+        assert torch.equal(function(q16, k16, v16 * factor), function(q16, k16, v16) * factor)
+    largest = torch.full_like(v, 65504.0).half()
+    same = torch.ones_like(k).half()  # all keys count alike, so that sums are as large as can be
+    assert torch.equal(op("attention_int8", backend, torch.float16)(same, same, largest), largest)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_int8"])
+def test_heads_of_the_result_join_without_a_copy(name: str) -> None:
+    function = op(name, "triton", torch.bfloat16)
+    q = heads(2, 3, 5, 64).to(DEVICE, torch.bfloat16)
+    assert function(q, q, q).transpose(1, 2).is_contiguous()
