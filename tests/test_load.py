@@ -15,7 +15,7 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from wanrt.config import WanSpec
 from wanrt.errors import FormatError
-from wanrt.weights import names, quantised
+from wanrt.weights import load, names, quantised
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.layouts import Layout, Part, Precision
 from wanrt.weights.load import load_component, read_spiece, skeleton
@@ -57,6 +57,22 @@ def differences(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     return [
         n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "shape", "laid"),
+    [
+        ("vae", "meta", (4, 5, 3, 3, 3), torch.channels_last_3d),
+        ("vae", "meta", (4, 5, 3, 3), torch.channels_last),
+        ("vae", "cpu", (4, 5, 3, 3, 3), torch.contiguous_format),
+        ("dit", "meta", (4, 5, 1, 2, 2), torch.contiguous_format),
+    ],
+)
+def test_the_vaes_weights_lie_as_kernels_read_them(
+    kind: Kind, device: str, shape: tuple[int, ...], laid: torch.memory_format
+) -> None:
+    placed = load._place(torch.zeros(shape), kind, torch.device(device))
+    assert placed.device.type == device and placed.is_contiguous(memory_format=laid)
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers", "comfyui"])
