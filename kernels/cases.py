@@ -13,11 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wanrt.kernels.reference import Quantized, quantize
+
 EPS = 1e-6
-FAMILIES = ("cases", "cases_attention", "cases_conv")
+FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_linear")
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-Tensors = tuple[Tensor | None, ...]
+Drawn = tuple[Any, ...]  # Tensor, Quantized or None
+
+
+class Rows(NamedTuple):
+    """fp32 rows that an op is handed as `Quantized`, with one scale for each `group` of columns."""
+
+    values: Tensor
+    group: int | None = None
+
+
+Tensors = tuple[Tensor | Rows | None, ...]
 
 
 class Limit(NamedTuple):
@@ -31,7 +43,7 @@ class Limit(NamedTuple):
 class Case(NamedTuple):
     """One call of an op: its tensors, drawn in fp32, and its other arguments.
 
-    The first `activations` tensors are cast to each of `dtypes` in turn.
+    The first `activations` tensors are cast to each of `dtypes` in turn (`Rows` quantised).
     """
 
     op: str
@@ -47,17 +59,35 @@ class Case(NamedTuple):
     def id(self) -> str:
         return f"{self.op}-{self.label}"
 
-    def draw(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+    @property
+    def result(self) -> torch.dtype | None:
+        """The dtype asked for, where an op is asked for one."""
+        return self.kwargs.get("dtype")
+
+    def draw(self, dtype: torch.dtype, device: str = "cpu") -> Drawn:
         """The same values on every device and in every process."""
         if device == "meta":
             with torch.device("meta"):
                 return self._cast(self.tensors(), dtype)
         torch.manual_seed(sum(self.id.encode()))
-        return self._cast(tuple(x if x is None else x.to(device) for x in self.tensors()), dtype)
+        return tuple(to(x, device) for x in self._cast(self.tensors(), dtype))
 
-    def _cast(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    def _cast(self, tensors: Tensors, dtype: torch.dtype) -> Drawn:
         cast, others = tensors[: self.activations], tensors[self.activations :]
-        return (*(x if x is None else x.to(dtype) for x in cast), *others)
+        return (*(_as_activation(x, dtype) for x in cast), *others)
+
+
+def to(x: Any, device: str) -> Any:
+    """A drawn input on another device."""
+    if x is None:
+        return None
+    return Quantized(*(part.to(device) for part in x)) if isinstance(x, Quantized) else x.to(device)
+
+
+def _as_activation(x: Tensor | Rows | None, dtype: torch.dtype) -> Any:
+    if x is None:
+        return None
+    return quantize(x.values, dtype, x.group) if isinstance(x, Rows) else x.to(dtype)
 
 
 # One unit in the last place of the result: the same fp32 value, rounded once, may fall to either
@@ -91,7 +121,6 @@ LIMITS["layer_norm_modulate_quantize"] = {
     BF16: Limit(2**-3, 1 / 127, _STEP),
     FP16: Limit(2**-3, 1 / 127, _STEP),
 }
-LIMITS["quantize"] = dict.fromkeys((FP32, BF16, FP16), Limit(0, 0, "every operation is exact"))
 
 
 def normal(*shape: int) -> Tensor:

@@ -10,8 +10,13 @@ class UnsupportedOp(Exception):
 
 
 class Target(NamedTuple):
-    """Device type, compute capability times ten (0 without a GPU) and dtype of the activations."""
+    """Device type, compute capability times ten (0 without a GPU), dtypes of input and result.
+
+    The input is the activations. An op that takes `Quantized` has them in int8 or fp8. `result`
+    is None where it does not matter; not every card makes every eight-bit value.
+    """
 
     device: str
     arch: int
     dtype: torch.dtype
+    result: torch.dtype | None = None

@@ -3,17 +3,25 @@
 import torch
 from torch import Tensor
 
-from wanrt.kernels.reference import LARGEST, TINY, Quantized
+from wanrt.kernels.reference import LARGEST, TINY, Quantized, rotate
 from wanrt.kernels.torch_ops import layer_norm_modulate
 
 
-def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None) -> Quantized:
+def quantize(
+    x: Tensor, dtype: torch.dtype, group: int | None = None, hadamard: bool = False
+) -> Quantized:
     """See `reference.quantize`."""
-    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
+    x = rotate(x) if hadamard else x.float()
+    groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = torch.linalg.vector_norm(groups, torch.inf, -1, keepdim=True).clamp_min(TINY)
     values = groups * (LARGEST[dtype] / largest)
     values = values.round_() if dtype == torch.int8 else values
     return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype, hadamard: bool = False) -> Quantized:
+    """See `reference.quantize_weight`."""
+    return quantize(weight, dtype, hadamard=hadamard)
 
 
 def dequantize(x: Quantized) -> Tensor:
