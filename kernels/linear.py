@@ -28,22 +28,23 @@ SWATH = 8  # tiles of rows that go through all columns together
 
 
 class Tile(NamedTuple):
-    """Rows of a tile, half the columns of x in one step, steps loaded ahead, warps."""
+    """Rows of a tile, columns of x in one product, steps ahead, warps, registers of a thread."""
 
     rows: int
     depth: int
     stages: int
     warps: int
+    registers: int
 
 
-LARGE = Tile(256, 32, 4, 8)  # where registers hold one sum only
-SMALL = Tile(128, GROUP // 2, 3, 8)  # where they hold two, or a residual beside it
+LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum only
+SMALL = Tile(128, 32, 3, 8, 192)  # two, or a residual too. Unasked, ptxas takes 128 and spills
 
 
 def _tile(arch: int, by_group: bool, residual: bool) -> Tile:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
-        return Tile(512, GROUP // 2, 1, 4)
+        return Tile(512, GROUP // 2, 1, 4, 255)
     return SMALL if by_group or residual else LARGE
 
 
@@ -78,19 +79,20 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """fp32 [M, N]: x W^T, scaled by the scales of x. EVEN: no step reaches behind `depth`."""
+    """fp32 [M, N]: x W^T, scaled by the scales of x. EVEN: STEP divides `depth`."""
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xm + k[None, :]  # [M, K]
     w_ptrs = w_ptr + column.to(tl.int64)[None, :] * stride_wn + k[:, None]  # [K, N]
     scale_ptrs = x_scale_ptr + row.to(tl.int64) * groups
     rows, columns = (row < num_rows)[:, None], (column < num_columns)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if BY_GROUP else ACC)
-    for _ in range(tl.cdiv(depth, 2 * BLOCK_K)):
+    for _ in range(tl.cdiv(depth, STEP)):
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BY_GROUP else total
-        # NOTE: two products a step. Of one alone Triton 3.8 fetches the next operands early and
-        # carries them through the loop, each byte in a register of its own.
-        for _ in tl.static_range(2):
+        # NOTE: several products a step. Of one alone Triton 3.8 fetches the next operands early
+        # and carries them through the loop, each byte in a register of its own.
+        for _ in tl.static_range(STEP // BLOCK_K):
             if EVEN:
                 x = tl.load(x_ptrs, rows, 0.0)
                 w = tl.load(w_ptrs, columns, 0.0)
@@ -200,6 +202,7 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
     SWATH: tl.constexpr,
 ):
     """One tile [M, N] of act(x W^T * scales + bias), added to a residual or quantised if asked."""
@@ -207,7 +210,8 @@ def _linear_kernel(
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y = _product(x_ptr, x_scale_ptr, w_ptr, row, column, num_rows, num_columns, depth, groups,
-                 stride_xm, stride_wn, BY_GROUP, EVEN, ACC, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+                 stride_xm, stride_wn, BY_GROUP, EVEN, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+                 STEP)  # fmt: skip
     exists, held = row < num_rows, column < num_columns
     y *= tl.load(w_scale_ptr + column * stride_wscale, held, 0.0)[None, :]
     if bias_ptr is not None:
@@ -291,6 +295,7 @@ def _linear(
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
     tile = _tile(arch_of(out), by_group, residual is not None)
+    weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)
     result = out.view(-1, num_columns)
@@ -300,7 +305,7 @@ def _linear(
         rows,
         scale,
         columns,
-        weight.scale,
+        weight_scale,
         bias,
         residual,
         gate,
@@ -313,7 +318,7 @@ def _linear(
         out.shape[-2] if out.ndim > 1 else 1,
         rows.stride(0),
         columns.stride(0),
-        int(len(weight.scale) > 1),
+        int(len(weight_scale) > 1),
         0 if residual is None else residual.stride(0),
         *gate_strides,
         result.stride(0),
@@ -321,14 +326,16 @@ def _linear(
         GELU=activation is not None,
         GATE_BY_ROW=any(gate_strides),
         BY_GROUP=by_group,
-        EVEN=depth % (2 * tile.depth) == 0,
+        EVEN=depth % GROUP == 0,
         ACC=tl.int32 if rows.dtype == torch.int8 else tl.float32,
         BLOCK_M=tile.rows,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tile.depth,
+        STEP=GROUP,
         SWATH=SWATH,
         num_stages=tile.stages,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
         mma=(MMA[rows.dtype],),
     )
 

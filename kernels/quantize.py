@@ -26,7 +26,7 @@ MIN_TURNED = 16  # groups of 128 that a tensor-core product takes at least
 MMA = {
     torch.bfloat16: Mma("bf16", "f32"),
     torch.float16: Mma("f16", "f32"),
-    torch.float32: Mma("tf32", "f32"),
+    torch.float32: Mma("bf16", "f32"),
 }
 
 
@@ -39,10 +39,13 @@ class Tile(NamedTuple):
 
 
 def _tile(x: Tensor, group: int, hadamard: bool) -> Tile:
-    """About 4096 values, 32 for each thread, unless one row has more."""
+    """4096 values, 32 for each thread, unless one row has more."""
     assert group <= MAX_WIDTH, f"{group=} {MAX_WIDTH=}"
-    columns = triton.next_power_of_2(group)
-    values = 1 << 18 if arch_of(x) == INTERPRETER else 4096
+    columns, values = triton.next_power_of_2(group), 4096
+    if hadamard and x.dtype == torch.float32:
+        values = GROUP * GROUP  # with fewer rows each warp takes them all, and its registers spill
+    if arch_of(x) == INTERPRETER:
+        values = 1 << 18
     rows = max(1, values // columns)
     if hadamard:
         rows = max(rows, MIN_TURNED * GROUP // columns)
@@ -57,11 +60,16 @@ def _rotate(x):
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    signs = cast((1 - 2 * (parity & 1)).to(tl.float32), x.dtype)
     acc = tl.zeros((x.shape[0], TURNED), tl.float32)
     if x.dtype == tl.float32:
-        return tl.dot(x, signs, acc, input_precision="tf32x3") * ROOT
-    return dot(x, signs, acc, tl.float32) * ROOT
+        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), tl.bfloat16)
+        high = cast(x, tl.bfloat16)
+        low = cast(x - high.to(tl.float32), tl.bfloat16)  # together 16 bits of x
+        acc = dot(high, signs, dot(low, signs, acc, tl.float32), tl.float32)
+    else:
+        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), x.dtype)
+        acc = dot(x, signs, acc, tl.float32)
+    return acc * ROOT
 
 
 @triton.jit(do_not_specialize=["num_rows"])

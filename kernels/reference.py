@@ -57,13 +57,14 @@ def quantize(
     """x as int8 or fp8 (e4m3), one scale for each row, or for each `group` of its columns.
 
     scale = max|x| / M and values = round(x * (M / max|x|)), ties to even; M is 127 or 448.
+    The quotient is rounded once (a number over a tensor would be a reciprocal, then a product).
     With `hadamard`, x is first rotated: an outlier is spread over its 128 columns.
     x [..., D] -> values [..., D], scale [..., D / group].
     """
     x = rotate(x) if hadamard else x.float()
     groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(TINY)
-    values = groups * (LARGEST[dtype] / largest)
+    values = groups * (torch.full_like(largest, LARGEST[dtype]) / largest)
     values = values.round() if dtype == torch.int8 else values
     return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
 
