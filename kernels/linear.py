@@ -2,8 +2,8 @@
 
 What each op computes is said in `reference.py` under the same name. int8 adds up in s32: with one
 scale for each row of x the whole sum is scaled once. Where each 128 columns have a scale, their sum
-is scaled and added to an fp32 total. So is fp8 always, because tensor cores keep 13 bits of a sum
-of fp8 products (SageAttention2, arXiv:2411.10958): within 128 columns that does no harm.
+is scaled and added to an fp32 total. So is fp8 always, because Ada and Hopper keep about 13 bits of
+a sum of fp8 products (SageAttention2, arXiv:2411.10958): in 128 columns that does little harm.
 bf16 and fp16 linears are left to cuBLAS.
 
 NOTE: tiles are chosen by what fits registers and shared memory; none was tried on hardware.
@@ -37,15 +37,15 @@ class Tile(NamedTuple):
     registers: int
 
 
-LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum only
-SMALL = Tile(128, 32, 3, 8, 192)  # two, or a residual too. Unasked, ptxas takes 128 and spills
+LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and nothing beside it
+SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 128 and spills
 
 
-def _tile(arch: int, by_group: bool, residual: bool) -> Tile:
+def _tile(arch: int, one_sum: bool) -> Tile:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
         return Tile(512, GROUP // 2, 1, 4, 255)
-    return SMALL if by_group or residual else LARGE
+    return LARGE if one_sum else SMALL
 
 
 @triton.jit
@@ -294,7 +294,7 @@ def _linear(
     assert groups in (1, depth / GROUP), f"{x.scale.shape=} {depth=}"
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
-    tile = _tile(arch_of(out), by_group, residual is not None)
+    tile = _tile(arch_of(out), not by_group and residual is None and out_scale is None)
     weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)

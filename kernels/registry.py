@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from wanrt.kernels.launch import INTERPRETING
-from wanrt.kernels.target import Target, UnsupportedOp
+from wanrt.kernels.target import MIN_ARCH_FP8, Target, UnsupportedOp
 
 BACKENDS = ("triton", "torch", "reference")  # the order of preference
 MIN_ARCH = 80  # the oldest cards that multiply bf16
-MIN_ARCH_FP8 = 89  # the oldest for which Triton casts to fp8 (e4m3), and that multiply it
 
 
 class Op(NamedTuple):

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+MIN_ARCH_FP8 = 89  # the oldest cards that multiply fp8 (e4m3), and that Triton casts to it for
+
 
 class UnsupportedOp(Exception):
     """No backend can do an op here; the message lists the reason of each."""

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from wanrt.kernels.launch import arch_of
 from wanrt.kernels.reference import GROUP, Quantized
+from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.kernels.torch_ops import gelu
 from wanrt.kernels.torch_quantize import quantize
 
 MIN_ROWS, MULTIPLE = 32, 16  # what either product takes on a GPU: rows, and columns of both sides
-MIN_ARCH_FP8 = 89
 
 
 def linear_quantized(
