@@ -97,7 +97,8 @@ def _compile_case(name: str, arch: int) -> list[Row]:
 
 def launches(case: Case, arch: int, dtype: torch.dtype) -> list[Launch]:
     """What the Triton backend starts for a case; nothing where it declines."""
-    if registry.reason_against(case.op, "triton", Target("cuda", arch, dtype)) is not None:
+    target = Target("cuda", arch, dtype, case.result)
+    if registry.reason_against(case.op, "triton", target) is not None:
         return []
     with record(arch) as found:
         registry.function(case.op, "triton")(*case.draw(dtype, "meta"), **case.kwargs)

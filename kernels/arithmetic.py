@@ -59,10 +59,12 @@ def _to_bfloat16(x):
 @triton.jit
 def _to_float8(x):
     """Rounded in fp32 to a value that e4m3 has (3 bits, least exponent -6), which casts exactly."""
-    bits = tl.abs(x).to(tl.int32, bitcast=True)
-    exponent = tl.maximum((bits >> 23) - 127, -6)
+    size = tl.abs(x)
+    exponent = tl.maximum((size.to(tl.int32, bitcast=True) >> 23) - 127, -6)
     step = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True)
     inverse = ((127 - (exponent - 3)) << 23).to(tl.float32, bitcast=True)
     magic = 12582912.0  # 1.5 * 2^23: adding it rounds to whole numbers, ties to even
-    count = (x * inverse + magic) - magic
-    return tl.minimum(tl.maximum(count * step, -448.0), 448.0).to(tl.float8e4nv)
+    count = (size * inverse + magic) - magic
+    rounded = tl.minimum(count * step, 448.0).to(tl.int32, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -2147483648  # zero has one too
+    return (rounded | sign).to(tl.float32, bitcast=True).to(tl.float8e4nv)

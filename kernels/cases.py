@@ -13,11 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wanrt.kernels.reference import Quantized, quantize
+
 EPS = 1e-6
-FAMILIES = ("cases", "cases_attention", "cases_conv")
+FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_linear")
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-Tensors = tuple[Tensor | None, ...]
+Drawn = tuple[Any, ...]  # Tensor, Quantized or None
+
+
+class Rows(NamedTuple):
+    """fp32 rows that an op is handed as `Quantized`, with one scale for each `group` of columns."""
+
+    values: Tensor
+    group: int | None = None
+
+
+Tensors = tuple[Tensor | Rows | None, ...]
 
 
 class Limit(NamedTuple):
@@ -31,7 +43,7 @@ class Limit(NamedTuple):
 class Case(NamedTuple):
     """One call of an op: its tensors, drawn in fp32, and its other arguments.
 
-    The first `activations` tensors are cast to each of `dtypes` in turn.
+    The first `activations` tensors are cast to each of `dtypes` in turn (`Rows` quantised).
     """
 
     op: str
@@ -47,7 +59,12 @@ class Case(NamedTuple):
     def id(self) -> str:
         return f"{self.op}-{self.label}"
 
-    def draw(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+    @property
+    def result(self) -> torch.dtype | None:
+        """The dtype asked for, where an op is asked for one."""
+        return self.kwargs.get("dtype")
+
+    def draw(self, dtype: torch.dtype, device: str = "cpu") -> Drawn:
         """The same values on every device and in every process."""
         if device == "meta":
             with torch.device("meta"):
@@ -55,15 +72,27 @@ class Case(NamedTuple):
         torch.manual_seed(sum(self.id.encode()))
         return self._cast(self.tensors(), dtype, device)
 
-    def _cast(self, tensors: Tensors, dtype: torch.dtype, device: str) -> Tensors:
+    def _cast(self, tensors: Tensors, dtype: torch.dtype, device: str) -> Drawn:
         dtypes = (dtype if i < self.activations else None for i in range(len(tensors)))
-        return tuple(_copy(x, d, device) for x, d in zip(tensors, dtypes, strict=True))
+        return tuple(_as_input(x, d, device) for x, d in zip(tensors, dtypes, strict=True))
 
 
-def _copy(x: Tensor | None, dtype: torch.dtype | None, device: str) -> Tensor | None:
+def to(x: Any, device: str) -> Any:
+    """A drawn input on another device, in its own layout."""
+    if isinstance(x, Quantized):
+        return Quantized(*(_copy(part, None, device) for part in x))
+    return None if x is None else _copy(x, None, device)
+
+
+def _as_input(x: Tensor | Rows | None, dtype: torch.dtype | None, device: str) -> Any:
+    if isinstance(x, Rows):
+        assert dtype is not None
+        return to(quantize(x.values, dtype, x.group), device)
+    return None if x is None else _copy(x, dtype, device)
+
+
+def _copy(x: Tensor, dtype: torch.dtype | None, device: str) -> Tensor:
     """x in another dtype or place, in its own layout: `to` closes the gaps of a view."""
-    if x is None:
-        return None
     stored = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
     stored = stored.to(device, dtype or x.dtype)
     return stored.as_strided(x.shape, x.stride(), x.storage_offset())
@@ -100,7 +129,6 @@ LIMITS["layer_norm_modulate_quantize"] = {
     BF16: Limit(2**-3, 1 / 127, _STEP),
     FP16: Limit(2**-3, 1 / 127, _STEP),
 }
-LIMITS["quantize"] = dict.fromkeys((FP32, BF16, FP16), Limit(0, 0, "every operation is exact"))
 
 
 def normal(*shape: int) -> Tensor:

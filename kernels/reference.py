@@ -1,6 +1,7 @@
 """The specification: every op of the models in plain PyTorch, fp32 inside, formula and source.
 
-`torch_ops.py` has the same names and signatures; `torch_conv.py` has those of the VAE's five.
+`torch_ops.py` has the same names and signatures; `torch_quantize.py` and `torch_linear.py` have
+those of the eight-bit formats and their products, `torch_conv.py` those of the VAE's five.
 `dtype` is that of the result: the caller names the one in which the next matrix product runs (None
 keeps the input's). `out` receives the result and may be the first input itself.
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-30  # stands for the largest absolute value of a row of zeros
+GROUP = 128  # columns that are rotated together, and that one scale of a linear's result covers
 
 
 class Quantized(NamedTuple):
@@ -49,17 +51,46 @@ def layer_norm_modulate(
     return y.to(dtype or x.dtype)
 
 
-def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None) -> Quantized:
+def quantize(
+    x: Tensor, dtype: torch.dtype, group: int | None = None, hadamard: bool = False
+) -> Quantized:
     """x as int8 or fp8 (e4m3), one scale for each row, or for each `group` of its columns.
 
     scale = max|x| / M and values = round(x * (M / max|x|)), ties to even; M is 127 or 448.
+    The quotient is rounded once (a number over a tensor would be a reciprocal, then a product).
+    With `hadamard`, x is first rotated: an outlier is spread over its 128 columns.
     x [..., D] -> values [..., D], scale [..., D / group].
     """
-    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
+    x = rotate(x) if hadamard else x.float()
+    groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(TINY)
-    values = groups * (LARGEST[dtype] / largest)
+    values = groups * (torch.full_like(largest, LARGEST[dtype]) / largest)
     values = values.round() if dtype == torch.int8 else values
     return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype, hadamard: bool = False) -> Quantized:
+    """A linear's weight [O, I], one scale for each output channel: scale [O, 1]. Done offline.
+
+    The rotation R is symmetric and its own inverse, so that (x R) (W R)^T = x W^T: a weight that
+    was rotated wants rotated activations, and nothing else changes.
+    """
+    return quantize(weight, dtype, hadamard=hadamard)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x H / sqrt(128) on each 128 columns: orthogonal and its own inverse. fp32."""
+    turn = hadamard_matrix(GROUP, x.device) / math.sqrt(GROUP)
+    return (x.float().unflatten(-1, (-1, GROUP)) @ turn).flatten(-2)
+
+
+def hadamard_matrix(size: int, device: torch.device) -> Tensor:
+    """fp32 [size, size] of 1 and -1: minus where the numbers of row and column share odd bits."""
+    assert size & (size - 1) == 0, f"{size=} is not a power of two"
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
 
 
 def dequantize(x: Quantized) -> Tensor:
@@ -73,6 +104,65 @@ def layer_norm_modulate_quantize(
 ) -> Quantized:
     """`quantize(layer_norm_modulate(x, scale, shift, eps))`, one scale for each row."""
     return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
+
+
+def linear_quantized(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: str | None = None,
+) -> Tensor:
+    """act(sum_g x.scale_g (x_g @ W_g^T) * weight.scale + bias), act None or "gelu_tanh".
+
+    The product of the values in one scale group g is exact; the groups add up in fp32.
+    x values [..., I], scale [..., 1] or [..., I / 128]; weight values [O, I], scale [O, 1] per
+    channel or [1, 1] for the whole tensor; x and weight both int8 or both fp8 -> [..., O].
+    """
+    products = torch.zeros(*x.values.shape[:-1], len(weight.values), device=x.values.device)
+    width = x.values.shape[-1] // x.scale.shape[-1]
+    groups = zip(x.values.split(width, -1), weight.values.split(width, -1), strict=True)
+    for g, (values, columns) in enumerate(groups):
+        exact = values.double() @ columns.double().T
+        products += exact.float() * x.scale[..., g, None]
+    y = products * weight.scale.T.squeeze(0)
+    y = y if bias is None else y + bias.float()
+    if activation is not None:
+        assert activation == "gelu_tanh", f"{activation=}"
+        y = gelu(y)
+    return y.to(dtype)
+
+
+def linear_quantized_out(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+    activation: str | None = None,
+) -> Quantized:
+    """`quantize(linear_quantized(x, weight, bias, fp32, activation), dtype, group=128)`.
+
+    What the next linear takes: values [..., O] in dtype (int8 or fp8), scale [..., O / 128].
+    """
+    y = linear_quantized(x, weight, bias, torch.float32, activation)
+    return quantize(y, dtype, GROUP)
+
+
+def linear_gated_residual(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """residual + gate * linear_quantized(x, weight, bias, fp32); no gate is a gate of one.
+
+    x [B, L, I], residual fp32 [B, L, O], gate [B or 1, L or 1, O] -> fp32 [B, L, O].
+    `out` may be the residual itself.
+    """
+    y = linear_quantized(x, weight, bias, torch.float32)
+    return _store(residual + (y if gate is None else gate.float() * y), out)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
@@ -183,7 +273,7 @@ def attention_int8(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     ready = prepare_int8(q, k, v)
-    turn = hadamard(q.shape[-1], q.device)
+    turn = hadamard_matrix(q.shape[-1], q.device)
     q8 = quantize((q.float() * ready.q_factor) @ turn, torch.int8)
     k8 = quantize(((k.float() - ready.mean) * ready.k_factor) @ turn, torch.int8)
     scores = q8.values.float() @ k8.values.float().transpose(-1, -2)  # whole numbers below 2^24
@@ -193,15 +283,6 @@ def attention_int8(
     p = (scores - scores.amax(-1, keepdim=True)).exp() * 256  # fp16 holds a 2^32nd of the largest
     v16 = (v.float() / ready.v_scale).half()
     return (p.half().float() @ v16.float() / p.sum(-1, keepdim=True) * ready.v_scale).to(v.dtype)
-
-
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """fp32 [size, size] of 1 and -1: minus where the numbers of row and column share odd bits."""
-    assert size & (size - 1) == 0, f"{size=} is not a power of two"
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:

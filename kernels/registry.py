@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from wanrt.kernels.launch import INTERPRETING
-from wanrt.kernels.target import Target, UnsupportedOp
+from wanrt.kernels.target import MIN_ARCH_FP8, Target, UnsupportedOp
 
 BACKENDS = ("triton", "torch", "reference")  # the order of preference
 MIN_ARCH = 80  # the oldest cards that multiply bf16
@@ -42,8 +42,12 @@ OPS = {
         Op("gelu", "torch_ops"),
         Op("attention", "torch_ops", "attention"),
         Op("attention_int8", "torch_quantize", "attention_int8"),
-        Op("quantize", "torch_quantize"),
+        Op("quantize", "torch_quantize", "quantize"),
+        Op("quantize_weight", "torch_quantize"),
         Op("dequantize", "torch_quantize"),
+        Op("linear_quantized", "torch_linear", "linear"),
+        Op("linear_quantized_out", "torch_linear", "linear"),
+        Op("linear_gated_residual", "torch_linear", "linear"),
         Op("rms_norm_channels", "torch_conv", "channel_norm"),
         Op("channel_norm_silu", "torch_conv", "channel_norm"),
         Op("causal_conv3d", "torch_conv", "conv"),
@@ -62,14 +66,16 @@ class Choice(NamedTuple):
     declined: dict[str, str]
 
 
-def here(dtype: torch.dtype = torch.bfloat16, device: str = "auto") -> Target:
+def here(
+    dtype: torch.dtype = torch.bfloat16, device: str = "auto", result: torch.dtype | None = None
+) -> Target:
     """The target that this machine is: its first GPU, or its CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cuda":
-        return Target(device, 0, dtype)
+        return Target(device, 0, dtype, result)
     major, minor = torch.cuda.get_device_capability()
-    return Target(device, 10 * major + minor, dtype)
+    return Target(device, 10 * major + minor, dtype, result)
 
 
 def reason_against(op: str, backend: str, target: Target) -> str | None:
@@ -113,11 +119,12 @@ def _triton_lacks(target: Target) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if target.device == "cuda":
-        return (
-            None
-            if target.arch >= MIN_ARCH
-            else f"needs compute capability 8.0, not {target.arch / 10}"
-        )
+        fp8 = torch.float8_e4m3fn in (target.dtype, target.result)
+        needed = MIN_ARCH_FP8 if fp8 else MIN_ARCH
+        if target.arch >= needed:
+            return None
+        what = "fp8 needs" if fp8 else "needs"
+        return f"{what} compute capability {needed / 10}, not {target.arch / 10}"
     if target.device == "cpu" and INTERPRETING:
         return None
     return f"needs an NVIDIA GPU; on {target.device} only its interpreter runs (TRITON_INTERPRET=1)"

@@ -4,14 +4,21 @@ from typing import NamedTuple
 
 import torch
 
+MIN_ARCH_FP8 = 89  # the oldest cards that multiply fp8 (e4m3), and that Triton casts to it for
+
 
 class UnsupportedOp(Exception):
     """No backend can do an op here; the message lists the reason of each."""
 
 
 class Target(NamedTuple):
-    """Device type, compute capability times ten (0 without a GPU) and dtype of the activations."""
+    """Device type, compute capability times ten (0 without a GPU), dtypes of input and result.
+
+    The input is the activations. An op that takes `Quantized` has them in int8 or fp8. `result`
+    is None where it does not matter; not every card makes every eight-bit value.
+    """
 
     device: str
     arch: int
     dtype: torch.dtype
+    result: torch.dtype | None = None

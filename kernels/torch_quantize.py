@@ -6,17 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels.reference import LARGEST, TINY, Quantized, hadamard, prepare_int8
+from wanrt.kernels.reference import (
+    LARGEST,
+    TINY,
+    Quantized,
+    hadamard_matrix,
+    prepare_int8,
+    rotate,
+)
 from wanrt.kernels.torch_ops import layer_norm_modulate
 
 
-def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None) -> Quantized:
+def quantize(
+    x: Tensor, dtype: torch.dtype, group: int | None = None, hadamard: bool = False
+) -> Quantized:
     """See `reference.quantize`."""
-    groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
+    x = rotate(x) if hadamard else x.float()
+    groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = torch.linalg.vector_norm(groups, torch.inf, -1, keepdim=True).clamp_min(TINY)
-    values = groups * (LARGEST[dtype] / largest)
+    values = groups * (torch.full_like(largest, LARGEST[dtype]) / largest)
     values = values.round_() if dtype == torch.int8 else values
     return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype, hadamard: bool = False) -> Quantized:
+    """See `reference.quantize_weight`."""
+    return quantize(weight, dtype, hadamard=hadamard)
 
 
 def dequantize(x: Quantized) -> Tensor:
@@ -38,7 +53,7 @@ def attention_int8(
     """See `reference.attention_int8`. The same numbers from fp32 products, at their speed."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     ready = prepare_int8(q, k, v)
-    turn = hadamard(q.shape[-1], q.device)
+    turn = hadamard_matrix(q.shape[-1], q.device)
     q32 = (q.float() * ready.q_factor) @ turn
     k32 = ((k.float() - ready.mean) * ready.k_factor) @ turn
     q32, k32 = (dequantize(quantize(x, torch.int8)) for x in (q32, k32))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanrt.kernels import reference, registry
-from wanrt.kernels.cases import EPS, Case, Limit, all_cases, limits
+from wanrt.kernels.cases import EPS, Case, Limit, all_cases, limits, to
 from wanrt.kernels.reference import Quantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,8 @@ def _runs(backends: tuple[str, ...] = ("torch", "triton")) -> list[Any]:
 
 
 def op(run: Run) -> Callable[..., Any]:
-    reason = registry.reason_against(run.case.op, run.backend, registry.here(run.dtype))
+    target = registry.here(run.dtype, result=run.case.result)
+    reason = registry.reason_against(run.case.op, run.backend, target)
     if reason is not None:
         pytest.skip(reason)
     return registry.function(run.case.op, run.backend)
@@ -49,12 +50,23 @@ def op(run: Run) -> Callable[..., Any]:
 
 def call(function: Callable[..., Any], case: Case, tensors: Any, **kwargs: Any) -> list[Tensor]:
     """Every tensor of the result; quantised values as what they stand for."""
-    result = function(*tensors, **case.kwargs, **kwargs)
+    result = function(*tensors, **(case.kwargs | kwargs))
     if isinstance(result, Quantized):
         return [reference.dequantize(result), result.scale]
     if isinstance(result, tuple):
         return [part for part in result if part is not None]
     return [result]
+
+
+def parts(inputs: Any) -> list[Tensor]:
+    """The tensors of drawn inputs, eight-bit values as their bytes."""
+    tensors = [
+        tensor
+        for x in inputs
+        if x is not None
+        for tensor in (x if isinstance(x, Quantized) else (x,))
+    ]
+    return [x.view(torch.uint8) if x.itemsize == 1 else x for x in tensors]
 
 
 def expected_of(run: Run, tensors: Any) -> list[Tensor]:
@@ -96,14 +108,14 @@ def test_matches_reference(run: Run) -> None:
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         check(a, b, limits()[run.case.op][run.dtype])
-    for a, b in zip(tensors, before, strict=True):
-        assert a is None or torch.equal(a, b), "an input was written to"
+    for a, b in zip(parts(tensors), parts(before), strict=True):
+        assert torch.equal(a, b), "an input was written to"
 
 
 @pytest.mark.parametrize("run", _runs())
 def test_meta_tensors_give_shapes_and_dtypes(run: Run) -> None:
     function = op(run)
-    meta = tuple(None if x is None else x.to("meta") for x in run.case.draw(run.dtype))
+    meta = tuple(to(x, "meta") for x in run.case.draw(run.dtype))
     actual = call(function, run.case, meta)
     for a, b in zip(actual, expected_of(run, meta), strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
@@ -113,7 +125,7 @@ GRADIENTS = [
     pytest.param(run.values[0].case, id=run.values[0].case.id)
     for run in _runs(("torch",))
     if run.values[0].dtype == torch.float32
-    and "quantize" not in run.id
+    and "quantize" not in run.id  # which rounds
     and "int8" not in run.id
     and "one-key" not in run.id  # whose q and k have none
     and "one-token" not in run.id
@@ -138,12 +150,15 @@ def test_gradients_match_reference(case: Case) -> None:
         check(actual, expected, Limit(0, 1e-5, "two ways through the same formula"))
 
 
+def _takes_dtype(op: str) -> bool:
+    signature = inspect.signature(getattr(reference, op))
+    return "dtype" in signature.parameters and signature.return_annotation is Tensor
+
+
 DTYPE_RUNS = [
     run
     for run in _runs()
-    if run.values[0].dtype == torch.float32
-    and "dtype" in inspect.signature(getattr(reference, run.values[0].case.op)).parameters
-    and "quantize" not in run.id
+    if run.values[0].dtype in (torch.float32, torch.int8) and _takes_dtype(run.values[0].case.op)
 ]
 
 
@@ -151,16 +166,18 @@ DTYPE_RUNS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_has_the_dtype_asked_for(run: Run, dtype: torch.dtype) -> None:
     """One rounding, from fp32 to the dtype asked for: the same as a cast afterwards."""
-    function, tensors = op(run), run.case.draw(torch.float32, DEVICE)
+    function, tensors = op(run), run.case.draw(run.dtype, DEVICE)
     (exact,) = call(function, run.case, tensors, dtype=torch.float32)
     (rounded,) = call(function, run.case, tensors, dtype=dtype)
     assert torch.equal(rounded, exact.to(dtype))
 
 
+IN_PLACE = {"gated_residual": 0, "gelu": 0, "linear_gated_residual": 3}  # which input `out` may be
+
 OUT_RUNS = [
     run
     for run in _runs(("torch", "triton", "reference")[:2])
-    if run.values[0].case.op in ("gated_residual", "gelu") and run.values[0].dtype == torch.float32
+    if run.values[0].case.op in IN_PLACE and run.values[0].dtype in (torch.float32, torch.int8)
 ]
 
 
@@ -168,9 +185,10 @@ OUT_RUNS = [
 def test_out_may_be_the_input(run: Run) -> None:
     for function in (op(run), registry.function(run.case.op, "reference")):
         tensors = run.case.draw(run.dtype, DEVICE)
+        out = tensors[IN_PLACE[run.case.op]]
         (expected,) = call(function, run.case, tensors)
-        (result,) = call(function, run.case, tensors, out=tensors[0])
-        assert result is tensors[0]
+        (result,) = call(function, run.case, tensors, out=out)
+        assert result is out
         assert torch.equal(result, expected)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
+from wanrt.kernels.cases import all_cases
 from wanrt.kernels.target import Target, UnsupportedOp
 from wanrt.models import layers
 from wanrt.models.vae_layers import VaeOps
@@ -28,7 +29,8 @@ def test_a_cpu_gets_pytorch(name: str) -> None:
 @pytest.mark.parametrize("name", [op.name for op in registry.OPS.values() if op.triton])
 def test_a_card_gets_triton(name: str) -> None:
     pytest.importorskip("triton")
-    assert registry.resolve(name, card(89)).backend == "triton"
+    dtype = next(case.dtypes[-1] for case in all_cases().values() if case.op == name)
+    assert registry.resolve(name, card(89, dtype)).backend == "triton"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,360 @@
+"""Linears of eight-bit values in Triton: one product on the tensor cores and what follows it.
+
+What each op computes is said in `reference.py` under the same name. int8 adds up in s32: with one
+scale for each row of x the whole sum is scaled once. Where each 128 columns have a scale, their sum
+is scaled and added to an fp32 total. So is fp8 always, because Ada and Hopper keep about 13 bits of
+a sum of fp8 products (SageAttention2, arXiv:2411.10958): in 128 columns that does little harm.
+bf16 and fp16 linears are left to cuBLAS.
+
+NOTE: tiles are chosen by what fits registers and shared memory; none was tried on hardware.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanrt.kernels.arithmetic import cast, round_to_int8
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.reference import GROUP, LARGEST, TINY, Quantized
+from wanrt.kernels.target import Target
+
+LEAST: tl.constexpr = tl.constexpr(TINY)
+MMA = {torch.int8: Mma("s8", "s32"), torch.float8_e4m3fn: Mma("e4m3", "f32")}
+BLOCK_N = GROUP  # columns of a tile, one group of a quantised result
+SWATH = 8  # tiles of rows that go through all columns together
+
+
+class Tile(NamedTuple):
+    """Rows of a tile, columns of x in one product, steps ahead, warps, registers of a thread."""
+
+    rows: int
+    depth: int
+    stages: int
+    warps: int
+    registers: int
+
+
+LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and nothing beside it
+SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 128 and spills
+
+
+def _tile(arch: int, one_sum: bool) -> Tile:
+    """Without spills, within 99 KiB of shared memory, on every architecture alike."""
+    if arch == INTERPRETER:
+        return Tile(512, GROUP // 2, 1, 4, 255)
+    return LARGE if one_sum else SMALL
+
+
+@triton.jit
+def _place(
+    num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWATH: tl.constexpr
+):
+    """Rows and columns of this program's tile, neighbours close in time: they read the same L2."""
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    swath = tl.program_id(0) // (SWATH * tiles_n)
+    height = tl.minimum(tiles_m - swath * SWATH, SWATH)
+    place = tl.program_id(0) % (SWATH * tiles_n)
+    return swath * SWATH + place % height, place // height
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    row,
+    column,
+    num_rows,
+    num_columns,
+    depth,
+    groups,
+    stride_xm,
+    stride_wn,
+    BY_GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """fp32 [M, N]: x W^T, scaled by the scales of x. EVEN: STEP divides `depth`."""
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xm + k[None, :]  # [M, K]
+    w_ptrs = w_ptr + column.to(tl.int64)[None, :] * stride_wn + k[:, None]  # [K, N]
+    scale_ptrs = x_scale_ptr + row.to(tl.int64) * groups
+    rows, columns = (row < num_rows)[:, None], (column < num_columns)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if BY_GROUP else ACC)
+    for _ in range(tl.cdiv(depth, STEP)):
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BY_GROUP else total
+        # NOTE: several products a step. Of one alone Triton 3.8 fetches the next operands early
+        # and carries them through the loop, each byte in a register of its own.
+        for _ in tl.static_range(STEP // BLOCK_K):
+            if EVEN:
+                x = tl.load(x_ptrs, rows, 0.0)
+                w = tl.load(w_ptrs, columns, 0.0)
+            else:
+                x = tl.load(x_ptrs, rows & (k < depth)[None, :], 0.0)
+                w = tl.load(w_ptrs, columns & (k < depth)[:, None], 0.0)
+                k += BLOCK_K
+            acc = tl.dot(x, w, acc, out_dtype=ACC)
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+        if BY_GROUP:
+            scale = tl.load(scale_ptrs, row < num_rows, 0.0)
+            total += acc.to(tl.float32) * scale[:, None]
+            scale_ptrs += tl.minimum(groups - 1, 1)
+        else:
+            total = acc
+    if BY_GROUP:
+        return total
+    return total.to(tl.float32) * tl.load(scale_ptrs, row < num_rows, 0.0)[:, None]
+
+
+@triton.jit
+def _gelu_tanh(x):
+    """0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def _store_quantized(y, target, mask, scale_ptr, largest, exists):
+    """Rows of y, each one group of columns, as eight bits with a scale."""
+    peak = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
+    y *= tl.div_rn(largest, peak)[:, None]
+    if target.dtype.element_ty == tl.int8:
+        tl.store(target, round_to_int8(y), mask)
+    else:
+        tl.store(target, cast(y, target.dtype.element_ty), mask)
+    tl.store(scale_ptr, tl.div_rn(peak, largest), exists)
+
+
+@triton.jit
+def _store_residual(
+    y,
+    residual_ptr,
+    gate_ptr,
+    out_ptr,
+    row,
+    first_column,
+    num_rows,
+    num_columns,
+    length,
+    stride_rm,
+    stride_gb,
+    stride_gl,
+    stride_om,
+    GATE_BY_ROW: tl.constexpr,
+):
+    """residual + gate * y, half of the columns at a time: that halves the registers it takes."""
+    rows: tl.constexpr = y.shape[0]
+    half: tl.constexpr = y.shape[1] // 2
+    pair = tl.split(tl.permute(tl.reshape(y, (rows, 2, half)), (0, 2, 1)))
+    residual_ptr += row.to(tl.int64)[:, None] * stride_rm
+    out_ptr += row.to(tl.int64)[:, None] * stride_om
+    for i in tl.static_range(2):
+        column = first_column + i * half + tl.arange(0, half)
+        held = column < num_columns
+        mask = (row < num_rows)[:, None] & held[None, :]
+        added = pair[i]
+        if GATE_BY_ROW:
+            source = (row // length).to(tl.int64) * stride_gb + (row % length) * stride_gl
+            gate = tl.load(gate_ptr + source[:, None] + column[None, :], mask, 0.0)
+            added *= gate.to(tl.float32)
+        elif gate_ptr is not None:
+            added *= tl.load(gate_ptr + column, held, 0.0).to(tl.float32)[None, :]
+        added += tl.load(residual_ptr + column[None, :], mask, 0.0)
+        tl.store(out_ptr + column[None, :], added, mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "length"])
+def _linear_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_rows,
+    num_columns,
+    depth,
+    groups,
+    length,
+    stride_xm,
+    stride_wn,
+    stride_wscale,
+    stride_rm,
+    stride_gb,
+    stride_gl,
+    stride_om,
+    largest,
+    GELU: tl.constexpr,
+    GATE_BY_ROW: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """One tile [M, N] of act(x W^T * scales + bias), added to a residual or quantised if asked."""
+    tile_m, tile_n = _place(num_rows, num_columns, BLOCK_M, BLOCK_N, SWATH)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = _product(x_ptr, x_scale_ptr, w_ptr, row, column, num_rows, num_columns, depth, groups,
+                 stride_xm, stride_wn, BY_GROUP, EVEN, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+                 STEP)  # fmt: skip
+    exists, held = row < num_rows, column < num_columns
+    y *= tl.load(w_scale_ptr + column * stride_wscale, held, 0.0)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, held, 0.0).to(tl.float32)[None, :]
+    if GELU:
+        y = _gelu_tanh(y)
+    mask = exists[:, None] & held[None, :]
+    target = out_ptr + row.to(tl.int64)[:, None] * stride_om + column[None, :]
+    if residual_ptr is not None:
+        _store_residual(y, residual_ptr, gate_ptr, out_ptr, row, tile_n * BLOCK_N, num_rows,
+                        num_columns, length, stride_rm, stride_gb, stride_gl, stride_om,
+                        GATE_BY_ROW)  # fmt: skip
+    elif out_scale_ptr is not None:
+        scale = out_scale_ptr + row.to(tl.int64) * tl.cdiv(num_columns, BLOCK_N) + tile_n
+        _store_quantized(y, target, mask, scale, largest, exists)
+    else:
+        tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
+
+
+def linear_quantized(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: str | None = None,
+) -> Tensor:
+    """See `reference.linear_quantized`."""
+    shape = (*x.values.shape[:-1], len(weight.values))
+    out = torch.empty(shape, dtype=dtype, device=x.values.device)
+    _linear(x, weight, bias, out, activation)
+    return out
+
+
+def linear_quantized_out(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+    activation: str | None = None,
+) -> Quantized:
+    """See `reference.linear_quantized_out`."""
+    leading, width, device = x.values.shape[:-1], len(weight.values), x.values.device
+    assert width % GROUP == 0, f"{weight.values.shape=}"
+    values = torch.empty((*leading, width), dtype=dtype, device=device)
+    scale = torch.empty((*leading, width // GROUP), dtype=torch.float32, device=device)
+    _linear(x, weight, bias, values, activation, out_scale=scale)
+    return Quantized(values, scale)
+
+
+def linear_gated_residual(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `reference.linear_gated_residual`; the rows of `out` must lie at one distance."""
+    assert residual.dtype == torch.float32, f"{residual.dtype=}"
+    out = torch.empty(residual.shape, device=residual.device) if out is None else out
+    gate = None if gate is None else gate.contiguous()
+    _linear(x, weight, bias, out, residual=residual, gate=gate)
+    return out
+
+
+def _linear(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str | None = None,
+    out_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    """Starts the kernel, which sees every tensor as rows."""
+    assert activation in (None, "gelu_tanh"), f"{activation=}"
+    rows, columns, scale = _rows(x.values), _rows(weight.values), x.scale.contiguous()
+    (num_columns, depth), groups = columns.shape, scale.shape[-1]
+    assert groups in (1, depth / GROUP), f"{x.scale.shape=} {depth=}"
+    assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
+    by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
+    tile = _tile(arch_of(out), not by_group and residual is None and out_scale is None)
+    weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
+    residual = None if residual is None else _rows(residual)
+    gate_strides = (0, 0) if gate is None else _broadcast(gate, out)
+    result = out.view(-1, num_columns)
+    launch(
+        _linear_kernel,
+        (triton.cdiv(len(rows), tile.rows) * triton.cdiv(num_columns, BLOCK_N),),
+        rows,
+        scale,
+        columns,
+        weight_scale,
+        bias,
+        residual,
+        gate,
+        result,
+        out_scale,
+        len(rows),
+        num_columns,
+        depth,
+        groups,
+        out.shape[-2] if out.ndim > 1 else 1,
+        rows.stride(0),
+        columns.stride(0),
+        int(len(weight_scale) > 1),
+        0 if residual is None else residual.stride(0),
+        *gate_strides,
+        result.stride(0),
+        LARGEST.get(out.dtype, 1.0),
+        GELU=activation is not None,
+        GATE_BY_ROW=any(gate_strides),
+        BY_GROUP=by_group,
+        EVEN=depth % GROUP == 0,
+        ACC=tl.int32 if rows.dtype == torch.int8 else tl.float32,
+        BLOCK_M=tile.rows,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=tile.depth,
+        STEP=GROUP,
+        SWATH=SWATH,
+        num_stages=tile.stages,
+        num_warps=tile.warps,
+        maxnreg=tile.registers,
+        mma=(MMA[rows.dtype],),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [M, D]."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _broadcast(gate: Tensor, out: Tensor) -> tuple[int, int]:
+    """Strides of [B or 1, L or 1, O] along the samples and tokens of out."""
+    b, length, _ = gate.shape
+    assert b in (1, out.shape[0]) and length in (1, out.shape[1]), f"{gate.shape=} {out.shape=}"
+    return gate.stride(0) * (b > 1), gate.stride(1) * (length > 1)
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in MMA:
+        return f"multiplies int8 and fp8 (e4m3), not {target.dtype}"
+    return None

@@ -1,0 +1,148 @@
+"""Eight-bit activations in Triton: one pass over a row or its groups, rotated first if asked.
+
+What it computes is said in `reference.quantize`, bit for bit where nothing is rotated. Groups of
+columns are rows of their own: a program takes BLOCK_M of them whole. The rotation is a product with
+a matrix of +-1 on the tensor cores, made in registers, for each 128 columns.
+Source of the rotation: QuaRot, arXiv:2404.00456.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanrt.kernels.arithmetic import cast, dot, round_to_int8
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.norm import DTYPES, MAX_WIDTH
+from wanrt.kernels.reference import GROUP, LARGEST, TINY, Quantized
+from wanrt.kernels.target import Target
+
+LEAST: tl.constexpr = tl.constexpr(TINY)
+TURNED: tl.constexpr = tl.constexpr(GROUP)
+ROOT: tl.constexpr = tl.constexpr(GROUP**-0.5)
+MIN_TURNED = 16  # groups of 128 that a tensor-core product takes at least
+MMA = {
+    torch.bfloat16: Mma("bf16", "f32"),
+    torch.float16: Mma("f16", "f32"),
+    torch.float32: Mma("bf16", "f32"),
+}
+
+
+class Tile(NamedTuple):
+    """Rows of one program, columns rounded up to a power of two, and warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def _tile(x: Tensor, group: int, hadamard: bool) -> Tile:
+    """4096 values, 32 for each thread, unless one row has more."""
+    assert group <= MAX_WIDTH, f"{group=} {MAX_WIDTH=}"
+    columns, values = triton.next_power_of_2(group), 4096
+    if hadamard and x.dtype == torch.float32:
+        values = GROUP * GROUP  # with fewer rows each warp takes them all, and its registers spill
+    if arch_of(x) == INTERPRETER:
+        values = 1 << 18
+    rows = max(1, values // columns)
+    if hadamard:
+        rows = max(rows, MIN_TURNED * GROUP // columns)
+    return Tile(rows, columns, max(4, min(8, rows * columns // 1024)))
+
+
+@triton.jit
+def _rotate(x):
+    """x H / sqrt(128), x [R, 128] of any float dtype, in fp32; H[i, j] = (-1)^popcount(i & j)."""
+    column = tl.arange(0, TURNED)
+    parity = column[:, None] & column[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    acc = tl.zeros((x.shape[0], TURNED), tl.float32)
+    if x.dtype == tl.float32:
+        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), tl.bfloat16)
+        high = cast(x, tl.bfloat16)
+        low = cast(x - high.to(tl.float32), tl.bfloat16)  # together 16 bits of x
+        acc = dot(high, signs, dot(low, signs, acc, tl.float32), tl.float32)
+    else:
+        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), x.dtype)
+        acc = dot(x, signs, acc, tl.float32)
+    return acc * ROOT
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    num_rows,
+    groups,
+    width,
+    stride_xm,
+    largest,
+    HADAMARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Row r is group r % groups, `width` columns, of token r // groups."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = row < num_rows
+    column = tl.arange(0, BLOCK_D)
+    mask = exists[:, None] & (column < width)[None, :]  # [M, D]
+    source = (row // groups).to(tl.int64) * stride_xm + row % groups * width
+    x = tl.load(x_ptr + source[:, None] + column[None, :], mask, 0.0)
+    if HADAMARD:
+        turned = _rotate(tl.reshape(x, (BLOCK_M * BLOCK_D // TURNED, TURNED)))
+        x = tl.reshape(turned, (BLOCK_M, BLOCK_D))
+    y = x.to(tl.float32)
+    peak = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
+    y = y * tl.div_rn(largest, peak)[:, None]
+    target = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    if out_ptr.dtype.element_ty == tl.int8:
+        tl.store(target, round_to_int8(y), mask)
+    else:
+        tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
+    tl.store(scale_ptr + row, tl.div_rn(peak, largest), exists)
+
+
+def quantize(
+    x: Tensor, dtype: torch.dtype, group: int | None = None, hadamard: bool = False
+) -> Quantized:
+    """See `reference.quantize`."""
+    width = x.shape[-1]
+    group = group or width
+    assert width % group == 0, f"{width=} {group=}"
+    assert not hadamard or (group % GROUP == 0 and group >= GROUP), f"{group=} {hadamard=}"
+    rows = x.reshape(-1, width)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty((*x.shape[:-1], width // group), dtype=torch.float32, device=x.device)
+    tile = _tile(x, group, hadamard)
+    launch(
+        _quantize_kernel,
+        (triton.cdiv(scale.numel(), tile.rows),),
+        rows,
+        values,
+        scale,
+        scale.numel(),
+        width // group,
+        group,
+        rows.stride(0),
+        LARGEST[dtype],
+        HADAMARD=hadamard,
+        BLOCK_M=tile.rows,
+        BLOCK_D=tile.columns,
+        num_warps=tile.warps,
+        enable_fp_fusion=False,  # a product is rounded before it is compared: bits count
+        mma=(MMA[x.dtype],) if hadamard else (),
+    )
+    return Quantized(values, scale)
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in DTYPES:
+        return f"takes fp32, bf16 and fp16, not {target.dtype}"
+    return None
