@@ -10,9 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,22 +78,53 @@ def compile_all(
     """Compile what every `wan` case starts. Raises WanrtError in Triton's interpreter."""
     if INTERPRETING:
         raise WanrtError("TRITON_INTERPRET is set; unset it to compile kernels")
-    ids = [name for name, case in all_cases().items() if case.size == "wan" and only in name]
-    jobs = [(name, arch) for name in ids for arch in archs]
+    jobs = _jobs(archs, only)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = [row for rows in pool.map(_compile_case, *zip(*jobs, strict=True)) for row in rows]
-    # One row for what compiled alike; a fault is never hidden behind another case.
-    return list({replace(row, case=""): row for row in found}.values())
+        return list(pool.map(_compile_job, jobs))
 
 
-def _compile_case(name: str, arch: int) -> list[Row]:
-    driver.set_active(_Driver(arch))
-    case = all_cases()[name]
-    return [
-        _compile(launch, name, arch)
-        for dtype in case.dtypes
-        for launch in launches(case, arch, dtype)
-    ]
+class _Job(NamedTuple):
+    """The `index`-th launch of a case."""
+
+    case: str
+    arch: int
+    dtype: torch.dtype
+    index: int
+
+
+def _jobs(archs: Sequence[int], only: str) -> list[_Job]:
+    """One job for all launches that compile to the same code: those of the first case."""
+    jobs: dict[Any, _Job] = {}
+    for name, case in all_cases().items():
+        if case.size != "wan" or only not in name:
+            continue
+        for arch in archs:
+            for dtype in case.dtypes:
+                for i, launch in enumerate(launches(case, arch, dtype)):
+                    kind = (arch, launch.kernel.fn.__qualname__, launch.mma, _kind(launch))
+                    jobs.setdefault(kind, _Job(name, arch, dtype, i))
+    return list(jobs.values())
+
+
+def _kind(launch: Launch) -> Any:
+    """What Triton specialises code for: types, and of whole numbers if 1 or a multiple of 16."""
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.dtype
+        if isinstance(x, tuple):
+            return tuple(map(kind, x))
+        if isinstance(x, bool) or not isinstance(x, int):
+            return type(x)
+        return "i", x == 1, x % 16 == 0, x.bit_length() > 31
+
+    return kind(launch.args), tuple(sorted((k, str(v)) for k, v in launch.options.items()))
+
+
+def _compile_job(job: _Job) -> Row:
+    driver.set_active(_Driver(job.arch))
+    launch = launches(all_cases()[job.case], job.arch, job.dtype)[job.index]
+    return _compile(launch, job.case, job.arch)
 
 
 def launches(case: Case, arch: int, dtype: torch.dtype) -> list[Launch]:
