@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,8 @@ def table(rows: Sequence[Row]) -> str:
         "| kernel | first case | arch | warps | registers | spills | shared | products |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(rows, key=lambda r: (r.kernel, r.case, r.arch)):
+    once = {replace(row, case=""): row for row in reversed(rows)}  # what compiled alike, first case
+    for r in sorted(once.values(), key=lambda r: (r.kernel, r.case, r.arch)):
         shared = math.ceil(r.shared / 1024)
         lines.append(
             f"| `{r.kernel}` | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spilled} "
