@@ -34,8 +34,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async)[\w.]*?\.(f32|f16|s32)\.(bf16|f16|tf32|s8|e4m3)\."
 )
-_SPILLED = re.compile(r"(\d+) bytes spill (?:stores|loads)")
-_REGISTERS = re.compile(r"Used (\d+) registers")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,15 @@ class Row:
     arch: int
     warps: int
     registers: int
-    spilled: int  # bytes
+    spilled: int  # bytes of stack
     shared: int  # bytes
     mma: tuple[str, ...]
     faults: tuple[str, ...]
+
+
+class _Resources(NamedTuple):
+    registers: int
+    spilled: int
 
 
 class _Driver:
@@ -140,9 +144,7 @@ def launches(case: Case, arch: int, dtype: torch.dtype) -> list[Launch]:
 def _compile(launch: Launch, case: str, arch: int) -> Row:
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    report = _assemble(ptx, arch)
-    spilled = sum(int(n) for n in _SPILLED.findall(report))
-    registers = max((int(n) for n in _REGISTERS.findall(report)), default=0)
+    registers, spilled = _resources(compiled.asm["cubin"])
     found = {Mma(operand, accumulator) for accumulator, operand in _MMA.findall(ptx)}
     return Row(
         kernel=compiled.metadata.name.strip("_"),
@@ -153,17 +155,15 @@ def _compile(launch: Launch, case: str, arch: int) -> Row:
         spilled=spilled,
         shared=shared,
         mma=tuple(sorted(f"{mma.operand}->{mma.accumulator}" for mma in found)),
-        faults=tuple(_faults(launch.mma, found, spilled, shared, registers, arch)),
+        faults=tuple(_faults(launch.mma, found, spilled, shared, arch)),
     )
 
 
 def _faults(
-    meant: tuple[Mma, ...], found: set[Mma], spilled: int, shared: int, registers: int, arch: int
+    meant: tuple[Mma, ...], found: set[Mma], spilled: int, shared: int, arch: int
 ) -> Iterable[str]:
     if spilled:
         yield f"spills {spilled} bytes"
-    if not registers:
-        yield "ptxas reported no registers"
     if shared > SHARED_MEMORY[arch]:
         yield f"{shared} bytes of shared memory; sm_{arch} has {SHARED_MEMORY[arch]}"
     if set(meant) != found:
@@ -173,25 +173,18 @@ def _faults(
         yield f"products meant: {names[0] or 'none'}; compiled: {names[1] or 'none'}"
 
 
-def _assemble(ptx: str, arch: int) -> str:
-    """What ptxas says of a kernel's registers and spills."""
-    suffix = "a" if arch >= 90 else ""
-    tool = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+def _resources(cubin: bytes) -> _Resources:
+    """What cuobjdump reads from the code: registers, and the stack, which is where spills go."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [
-            tool,
-            "-v",
-            f"--gpu-name=sm_{arch}{suffix}",
-            source,
-            "-o",
-            f"{folder}/kernel.cubin",
-        ]
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", path]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise WanrtError(f"ptxas failed for sm_{arch}: {done.stderr.strip()}")
-    return done.stderr
+    found = _USAGE.search(done.stdout)
+    if found is None:
+        raise WanrtError(f"cuobjdump read no resources: {done.stderr.strip() or done.stdout}")
+    registers, stack, local = map(int, found.groups())
+    return _Resources(registers, stack + local)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -96,7 +96,7 @@ def _wan_quantize(width: int) -> list[Case]:
     return [
         Case("quantize", f"{width}-{scales}-{name}{turned}", lambda: (normal(1, TOKENS, width),),
              {"dtype": dtype, "group": group, "hadamard": turned != ""},
-             dtypes=(FP32, BF16), size="wan")
+             dtypes=(BF16,), size="wan")
         for scales, group in (("row", None), ("group", 128))
         for name, dtype in EIGHT.items()
         for turned in ("", "-hadamard")

@@ -46,20 +46,17 @@ MEANT = (Mma("f16", "f16"),)
 
 
 @pytest.mark.parametrize(
-    ("found", "spilled", "shared", "registers", "fault"),
+    ("found", "spilled", "shared", "fault"),
     [
-        (set(MEANT), 0, 99 << 10, 128, None),
-        (set(MEANT), 8, 0, 255, "spills 8 bytes"),
-        (set(MEANT), 0, (99 << 10) + 1, 128, "101377 bytes of shared memory; sm_89 has 101376"),
-        (set(MEANT), 0, 0, 0, "reported no registers"),
-        ({Mma("f16", "f32")}, 0, 0, 128, "meant: f16->f16; compiled: f16->f32"),
-        (set(), 0, 0, 128, "meant: f16->f16; compiled: none"),
+        (set(MEANT), 0, 99 << 10, None),
+        (set(MEANT), 8, 0, "spills 8 bytes"),
+        (set(MEANT), 0, (99 << 10) + 1, "101377 bytes of shared memory; sm_89 has 101376"),
+        ({Mma("f16", "f32")}, 0, 0, "meant: f16->f16; compiled: f16->f32"),
+        (set(), 0, 0, "meant: f16->f16; compiled: none"),
     ],
 )
-def test_faults(
-    found: set[Mma], spilled: int, shared: int, registers: int, fault: str | None
-) -> None:
-    faults = list(gate._faults(MEANT, found, spilled, shared, registers, 89))
+def test_faults(found: set[Mma], spilled: int, shared: int, fault: str | None) -> None:
+    faults = list(gate._faults(MEANT, found, spilled, shared, 89))
     assert faults == [] if fault is None else fault in faults[0]
 
 
