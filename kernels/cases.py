@@ -277,6 +277,11 @@ def all_cases() -> dict[str, Case]:
     return {case.id: case for module in modules for case in module.CASES}
 
 
+def dtypes_of(op: str) -> tuple[torch.dtype, ...]:
+    """What activations an op takes: integers and fp8 for products of eight-bit values."""
+    return tuple(dict.fromkeys(d for c in all_cases().values() if c.op == op for d in c.dtypes))
+
+
 @cache
 def limits() -> dict[str, dict[torch.dtype, Limit]]:
     """How near each op must come, by dtype of the activations."""

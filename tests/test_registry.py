@@ -1,13 +1,15 @@
 """Which backend does an op, and why: decided once, with reasons, and never the interpreter."""
 
+import json
 import logging
 
 import pytest
 import torch
 
+from wanrt import cli_tools
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
-from wanrt.kernels.cases import all_cases
+from wanrt.kernels.cases import dtypes_of
 from wanrt.kernels.target import Target, UnsupportedOp
 from wanrt.models import layers
 from wanrt.models.vae_layers import VaeOps
@@ -29,8 +31,7 @@ def test_a_cpu_gets_pytorch(name: str) -> None:
 @pytest.mark.parametrize("name", [op.name for op in registry.OPS.values() if op.triton])
 def test_a_card_gets_triton(name: str) -> None:
     pytest.importorskip("triton")
-    dtype = next(case.dtypes[-1] for case in all_cases().values() if case.op == name)
-    assert registry.resolve(name, card(89, dtype)).backend == "triton"
+    assert registry.resolve(name, card(89, dtypes_of(name)[-1])).backend == "triton"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,17 @@ def test_a_wrong_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "INTERPRETING", False)
     with pytest.raises(UsageError, match="cannot run on cpu"):
         layers.choose(layers.Ops, torch.device("cpu"), torch.float32)
+
+
+def test_the_verb_says_what_does_each_op(capsys: pytest.CaptureFixture[str]) -> None:
+    cli_tools.ops(device="cpu", as_json=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["op"] for row in rows] == list(registry.OPS)
+    assert {row["backend"] for row in rows} == {"torch"}
+    assert {row["op"]: row["dtype"] for row in rows}["linear_quantized"] == "int8"
+    cli_tools.ops(device="cpu")
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(registry.OPS) and all("yes, used" in row for row in table[1:])
 
 
 def test_the_default_arithmetic_is_pytorchs() -> None:

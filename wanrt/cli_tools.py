@@ -165,16 +165,21 @@ def ops(
 ) -> None:
     """What does each op here: op x backend, yes, or the reason why not."""
     from wanrt.kernels import registry
+    from wanrt.kernels.cases import dtypes_of
 
-    target = registry.here(_OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))], device)
-    table = Table("op", *registry.BACKENDS, box=None, pad_edge=False)
+    wanted = _OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))]
+    table = Table("op", "of", *registry.BACKENDS, box=None, pad_edge=False)
     for op in registry.OPS:
+        taken = dtypes_of(op)
+        target = registry.here(wanted if wanted in taken else taken[0], device)
+        given = str(target.dtype).removeprefix("torch.")
         reasons = {b: registry.reason_against(op, b, target) for b in registry.BACKENDS}
         chosen = registry.resolve(op, target).backend
         if as_json:
-            print(json.dumps({"op": op, "backend": chosen, "declined": reasons}))
+            row = {"op": op, "dtype": given, "backend": chosen, "declined": reasons}
+            print(json.dumps(row))
         cells = (reason or ("yes, used" if b == chosen else "yes") for b, reason in reasons.items())
-        table.add_row(op, *map(Text, cells))
+        table.add_row(op, given, *map(Text, cells))
     if not as_json:
         Console(width=_WIDE).print(table, highlight=False, soft_wrap=True)
 
