@@ -27,7 +27,7 @@ from wanrt.kernels.cases import all_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 510.0  # seconds after which nothing new begins
-_TESTS = ("tests/test_ops.py", "tests/test_ops_conv.py")
+_TESTS = tuple(f"tests/test_ops{n}.py" for n in ("", "_attention", "_conv", "_quantized"))
 
 
 def main(only: str, out: Path | None) -> None:
