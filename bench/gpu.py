@@ -1,7 +1,8 @@
 """`wanrt bench gpu`: all that wants one NVIDIA GPU, within nine minutes.
 
 Compiles every kernel in parallel, tests every op on the device, then measures; each line of the
-result is on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest.
+result is on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest; with
+no more than these, in a checkout: PYTHONPATH=. python3 -m wanrt.bench.gpu [ONLY]
 """
 
 import json
@@ -105,3 +106,7 @@ def _tested(only: str) -> dict[str, Any]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":  # where only torch, Triton, numpy, safetensors and pytest are installed
+    main(sys.argv[1] if len(sys.argv) > 1 else "", None)
