@@ -7,7 +7,7 @@ and a large matrix product.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ def measure_all(only: str = "") -> Iterator[Row]:
 def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
     """Rows of Triton's, PyTorch's and the rivals' kernels; small sizes run on a CPU, for tests."""
     name = str(dtype).removeprefix("torch.")
-    target, tensors = registry.here(dtype, device), case.draw(dtype, device)
+    target = registry.here(dtype, device, case.result)
+    tensors = case.draw(dtype, device)
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
     for backend in ("torch", "triton"):
@@ -91,8 +92,8 @@ def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
             note = f"not timed: its result is far from PyTorch's (cosine {cosine:.6f})"
             rows[backend] = Row(case.id, name, backend, cosine=cosine, note=note)
             del runs[backend]
-    moved = sum(_bytes(x) for x in tensors if x is not None)
-    moved += sum(_bytes(y) for y in results.get("torch", results.get("triton", [])))
+    outputs = results.get("torch", results.get("triton", []))
+    moved = sum(map(_bytes, [*_parts(tensors), *outputs]))
     del results
     seconds = time_alternating(runs, device)
     flop = case.flop(*tensors) if case.flop else None
@@ -156,6 +157,15 @@ def _flat(result: Any) -> list[Tensor]:
     if isinstance(result, Quantized):
         return [dequantize(result)]
     return [x for x in result if x is not None] if isinstance(result, tuple) else [result]
+
+
+def _parts(inputs: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor of a call's inputs; a quantised one is two."""
+    for x in inputs:
+        if isinstance(x, Tensor):
+            yield x
+        elif x is not None:
+            yield from x
 
 
 def _cosine(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanrt.kernels.cases import Case
+from wanrt.kernels.reference import Quantized, dequantize
 
 Run = Callable[[], Tensor]
 
@@ -20,6 +22,8 @@ def rivals(case: Case, tensors: tuple[Any, ...], device: str) -> dict[str, Run]:
         return {}
     if case.op.startswith("attention") and len(tensors) == 3:
         return _attention(*tensors)
+    if case.op.startswith("linear_quantized"):
+        return {"bf16": _bf16_linear(*tensors, activation=case.kwargs.get("activation"))}
     return {}
 
 
@@ -37,6 +41,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
     if "sageattention" not in absent():
         runs["sageattention"] = partial(_sage, q, k, v)
     return runs
+
+
+def _bf16_linear(
+    x: Quantized, weight: Quantized, bias: Tensor | None, activation: str | None
+) -> Run:
+    """The same linear on bf16 tensors, GELU in cuBLASLt's epilogue; they are made beforehand."""
+    rows, columns = (dequantize(t).to(torch.bfloat16) for t in (x, weight))
+    rows = rows.flatten(0, -2)
+    if activation is None or bias is None:
+        return lambda: F.linear(rows, columns, None if bias is None else bias.to(rows.dtype))
+    narrow = bias.to(rows.dtype)
+    return lambda: torch._addmm_activation(narrow, rows, columns.T, use_gelu=True)
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

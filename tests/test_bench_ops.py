@@ -1,6 +1,10 @@
 """The op bench: correctness before speed, and honesty where there is nothing to measure."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import Tensor
 
 from wanrt.bench import ops
 from wanrt.kernels import registry
@@ -9,8 +13,12 @@ from wanrt.kernels.cases import all_cases
 CASE = all_cases()["rms_norm-odd"]
 
 
-def test_both_backends_are_timed_when_they_agree() -> None:
-    triton, torch_row = ops.measure(CASE, torch.float32, "cpu")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("rms_norm-odd", torch.float32), ("linear_quantized_out-odd", torch.int8)],
+)
+def test_both_backends_are_timed_when_they_agree(name: str, dtype: torch.dtype) -> None:
+    triton, torch_row = ops.measure(all_cases()[name], dtype, "cpu")
     assert torch_row.seconds > 0 and torch_row.speedup == 1 and torch_row.cosine > 0.999999
     assert torch_row.gbytes_per_s > 0 and torch_row.backend == "torch"
     if triton.seconds is None:
@@ -19,10 +27,10 @@ def test_both_backends_are_timed_when_they_agree() -> None:
         assert triton.speedup == torch_row.seconds / triton.seconds
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch) -> None:
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = registry.function
 
-    def wrong(op: str, backend: str):
+    def wrong(op: str, backend: str) -> Callable[..., Tensor]:
         if backend == "torch":
             return right(op, "torch")
         return lambda x, *_, **__: torch.full_like(x, torch.nan)
