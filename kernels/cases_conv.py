@@ -123,6 +123,12 @@ def _wan() -> list[Case]:
             lambda: (frames(1, 384, 1, 60, 104), normal(384, 1, 1)),
             **bf16,
         ),
+        Case(
+            "channel_norm_silu",
+            "96",
+            lambda: (frames(1, 96, 4, 480, 832), normal(96, 1, 1, 1)),
+            **bf16,
+        ),
     ]
 
 
