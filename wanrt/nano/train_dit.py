@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="30 s to start, 1.3 times faster")
+    parser.add_argument("--compile", action="store_true", help="slow to start, then faster steps")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     if args.command == "encode":

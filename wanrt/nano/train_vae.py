@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=110)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="minutes to start, 1.4 times faster")
+    parser.add_argument("--compile", action="store_true", help="slow to start, then faster steps")
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()
     if args.export:
