@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 
 from wanrt.kernels.launch import INTERPRETING
+from wanrt.kernels.reference import TINY
 
 SIMULATED: tl.constexpr = tl.constexpr(INTERPRETING)
+LEAST: tl.constexpr = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -45,6 +47,18 @@ def round_to_int8(x):
     up = (rest > 0.5) | ((rest == 0.5) & ((whole & 1) == 1))
     whole += tl.where(up, tl.where(x < 0, -1, 1), 0)
     return tl.minimum(tl.maximum(whole, -127), 127).to(tl.int8)
+
+
+@triton.jit
+def store_quantized(y, target, mask, scale_ptr, exists, largest):
+    """Rows of fp32 y `[M, N]`, zeros where masked, as eight bits with one scale for each row."""
+    peak = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
+    y *= tl.div_rn(largest, peak)[:, None]
+    if target.dtype.element_ty == tl.int8:
+        tl.store(target, round_to_int8(y), mask)
+    else:
+        tl.store(target, cast(y, target.dtype.element_ty), mask)
+    tl.store(scale_ptr, tl.div_rn(peak, largest), exists)
 
 
 @triton.jit

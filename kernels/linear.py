@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast, round_to_int8
+from wanrt.kernels.arithmetic import cast, store_quantized
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
-from wanrt.kernels.reference import GROUP, LARGEST, TINY, Quantized
+from wanrt.kernels.reference import GROUP, LARGEST, Quantized
 from wanrt.kernels.target import Target
 
-LEAST: tl.constexpr = tl.constexpr(TINY)
 MMA = {torch.int8: Mma("s8", "s32"), torch.float8_e4m3fn: Mma("e4m3", "f32")}
 BLOCK_N = GROUP  # columns of a tile, one group of a quantised result
 SWATH = 8  # tiles of rows that go through all columns together
@@ -121,18 +120,6 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def _store_quantized(y, target, mask, scale_ptr, largest, exists):
-    """Rows of y, each one group of columns, as eight bits with a scale."""
-    peak = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
-    y *= tl.div_rn(largest, peak)[:, None]
-    if target.dtype.element_ty == tl.int8:
-        tl.store(target, round_to_int8(y), mask)
-    else:
-        tl.store(target, cast(y, target.dtype.element_ty), mask)
-    tl.store(scale_ptr, tl.div_rn(peak, largest), exists)
-
-
-@triton.jit
 def _store_residual(
     y,
     residual_ptr,
@@ -226,7 +213,7 @@ def _linear_kernel(
                         GATE_BY_ROW)  # fmt: skip
     elif out_scale_ptr is not None:
         scale = out_scale_ptr + row.to(tl.int64) * tl.cdiv(num_columns, BLOCK_N) + tile_n
-        _store_quantized(y, target, mask, scale, largest, exists)
+        store_quantized(y, target, mask, scale, exists, largest)
     else:
         tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
 

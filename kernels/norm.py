@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast, round_to_int8
+from wanrt.kernels.arithmetic import cast, store_quantized
 from wanrt.kernels.launch import INTERPRETER, arch_of, launch
-from wanrt.kernels.reference import LARGEST, TINY, Quantized
+from wanrt.kernels.reference import LARGEST, Quantized
 from wanrt.kernels.target import Target
 
 MAX_WIDTH = 16384  # fp32 values of a row that fit the registers of one program
-LEAST: tl.constexpr = tl.constexpr(TINY)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,13 +82,8 @@ def _layer_norm_kernel(
     if out_scale_ptr is None:
         tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
     else:
-        peak = tl.maximum(tl.max(tl.where(mask, tl.abs(y), 0.0), 1), LEAST)
-        y = y * tl.div_rn(largest, peak)[:, None]
-        if out_ptr.dtype.element_ty == tl.int8:
-            tl.store(target, round_to_int8(y), mask)
-        else:
-            tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
-        tl.store(out_scale_ptr + row, tl.div_rn(peak, largest), exists)
+        y = tl.where(mask, y, 0.0)
+        store_quantized(y, target, mask, out_scale_ptr + row, exists, largest)
 
 
 @triton.jit

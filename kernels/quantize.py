@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast, dot, round_to_int8
+from wanrt.kernels.arithmetic import cast, dot, store_quantized
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.norm import DTYPES, MAX_WIDTH
-from wanrt.kernels.reference import GROUP, LARGEST, TINY, Quantized
+from wanrt.kernels.reference import GROUP, LARGEST, Quantized
 from wanrt.kernels.target import Target
 
-LEAST: tl.constexpr = tl.constexpr(TINY)
 TURNED: tl.constexpr = tl.constexpr(GROUP)
 ROOT: tl.constexpr = tl.constexpr(GROUP**-0.5)
 MIN_TURNED = 16  # groups of 128 that a tensor-core product takes at least
@@ -97,14 +96,8 @@ def _quantize_kernel(
         turned = _rotate(tl.reshape(x, (BLOCK_M * BLOCK_D // TURNED, TURNED)))
         x = tl.reshape(turned, (BLOCK_M, BLOCK_D))
     y = x.to(tl.float32)
-    peak = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
-    y = y * tl.div_rn(largest, peak)[:, None]
     target = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
-    if out_ptr.dtype.element_ty == tl.int8:
-        tl.store(target, round_to_int8(y), mask)
-    else:
-        tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
-    tl.store(scale_ptr + row, tl.div_rn(peak, largest), exists)
+    store_quantized(y, target, mask, scale_ptr + row, exists, largest)
 
 
 def quantize(
