@@ -67,8 +67,12 @@ def gelu(x: Tensor, approximate: str = "tanh", out: Tensor | None = None) -> Ten
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """See `reference.attention`. On a CPU a backward pass through plain products is faster."""
-    bias = None if bias is None else bias.to(q.dtype)
+    """See `reference.attention`. On a CPU a backward pass through plain products is faster.
+
+    NOTE: the bias is rounded to q's dtype on CUDA, whose kernels take no other; fp32 elsewhere.
+    """
+    if bias is not None and q.device.type == "cuda":
+        bias = bias.to(q.dtype)
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
         scores = scores if bias is None else scores + bias

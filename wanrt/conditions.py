@@ -1,10 +1,12 @@
 """What conditions a request besides its prompt: pictures and videos in, tensors per step out."""
 
+import math
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.components import Components
@@ -27,6 +29,29 @@ class Inputs:
     refs: tuple[Tensor, ...] = ()
 
 
+class Text(NamedTuple):
+    """Text features as the transformer takes them: `rows` [1, n, text_dim], fp32.
+
+    The reference puts zero rows behind a prompt, up to 512. All of them make the same key and the
+    same value, so one row stands for them: `key_bias` [1, n] has the log of their number, which
+    multiplies that key's share of the softmax. Exact, but for the order of sums.
+    """
+
+    rows: Tensor
+    key_bias: Tensor | None
+
+    @classmethod
+    def pad(cls, features: Tensor, length: int, device: torch.device) -> "Text":
+        """features `[n <= length, text_dim]`."""
+        missing = length - len(features)
+        features = features.to(device, torch.float32)
+        if missing == 0:
+            return cls(features[None], None)
+        bias = torch.zeros(1, len(features) + 1, device=device)
+        bias[0, -1] = math.log(missing)
+        return cls(F.pad(features, (0, 0, 0, 1))[None], bias)
+
+
 class StepInputs(NamedTuple):
     """What the transformer is given in one step beside latents and text."""
 
@@ -38,8 +63,8 @@ class StepInputs(NamedTuple):
 class Conditions:
     """Everything that stays the same from step to step."""
 
-    context: Tensor  # [1, 512, text_dim]
-    negative: Tensor | None
+    text: Text
+    negative: Text | None
     y: Tensor | None = None  # [1, 20, T, h, w]
     image_context: Tensor | None = None  # CLIP tokens
     vace_context: Tensor | None = None  # [1, 96, T, h, w]
@@ -50,10 +75,12 @@ class Conditions:
 
     def prepare(self, dit: nn.Module) -> tuple[Any, Any]:
         """Keys and values of the text for this transformer, once: with the prompt, without."""
-        cond = dit.prepare(self.context, self.image_context)
-        if self.negative is None:
-            return cond, None
-        return cond, dit.prepare(self.negative, self.image_context)
+        texts = (self.text, self.negative)
+        cond, uncond = (
+            text and dit.prepare(text.rows, self.image_context, key_bias=text.key_bias)
+            for text in texts
+        )
+        return cond, uncond
 
     def step_inputs(self, t: float) -> StepInputs:
         extra: dict[str, Any] = {}
@@ -160,12 +187,12 @@ def _directions(text: str) -> tuple[list[str], float]:
 def make_conditions(
     request: Request,
     inputs: Inputs,
-    context: Tensor,
-    negative: Tensor | None,
+    text: Text,
+    negative: Text | None,
     components: Components,
 ) -> Conditions:
     """Run the image encoder and the VAE over the inputs, then let them go."""
-    conditions = Conditions(context, negative, context_scale=request.context_scale)
+    conditions = Conditions(text, negative, context_scale=request.context_scale)
     spec, size = components.spec, Size(request.height, request.width)
 
     def encode(video: Tensor) -> Tensor:

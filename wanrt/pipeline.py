@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanrt import sampler
 from wanrt.components import Components, Report, choose_device, open_parts
-from wanrt.conditions import Conditions, make_conditions, noise_shape, prepare_inputs
+from wanrt.conditions import Conditions, Text, make_conditions, noise_shape, prepare_inputs
 from wanrt.config import GenerateConfig, Precision
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
@@ -143,9 +143,9 @@ class Pipeline:
         begin = time.perf_counter()
         self.encode_prompts(_without(embeds, request.prompts))
         encoded = time.perf_counter()
-        context = self._context(prompt_embeds, request.prompt)
-        negative = self._context(negative_embeds, request.negative) if request.guided else None
-        conditions = make_conditions(request, inputs, context, negative, self.components)
+        text = self._text(prompt_embeds, request.prompt)
+        negative = self._text(negative_embeds, request.negative) if request.guided else None
+        conditions = make_conditions(request, inputs, text, negative, self.components)
         run = Run(request, conditions)
         run.timings["text"] = encoded - begin
         run.timings["conditions"] = time.perf_counter() - encoded
@@ -200,13 +200,9 @@ class Pipeline:
         for prompt in old[: max(0, len(self._embeds) + coming - MAX_KEPT_PROMPTS)]:
             del self._embeds[prompt]
 
-    def _context(self, embeds: Tensor | None, prompt: str) -> Tensor:
-        """`[1, 512, text_dim]`: real rows, then rows of zeros, as the reference pads."""
+    def _text(self, embeds: Tensor | None, prompt: str) -> Text:
         rows = self._embeds[prompt] if embeds is None else embeds.reshape(-1, embeds.shape[-1])
-        dit = self.spec.dit
-        context = torch.zeros(1, dit.text_len, dit.text_dim, device=self.components.device)
-        context[0, : rows.shape[0]] = rows
-        return context
+        return Text.pad(rows, self.spec.dit.text_len, self.components.device)
 
     @torch.inference_mode()
     def denoise(

@@ -13,6 +13,7 @@ embedding stays fp32. The sinusoid of t is computed in fp64, as in the reference
 Source: `wan/modules/model.py` of Wan2.1 @9737cba and Wan2.2 @42bf4cf, Wan2.1 `vace_model.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,15 @@ class TimeEmbedding:
     level: Tensor | None  # int64 [B, L]; None where t is one value per sample
 
 
+@dataclass
+class Branch:
+    """One text on its way through the blocks: residual streams fp32 [B, L, D], overwritten."""
+
+    text: TextCache
+    x: Tensor
+    control: Tensor | None  # of VACE
+
+
 class ImageEmbedding(nn.Module):
     """CLIP tokens to the transformer's width; for first and last frame with a learned position."""
 
@@ -111,12 +121,18 @@ class Block(nn.Module):
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
         dtype, ops = self.ffn[0].weight.dtype, self.ops
         row = Modulation(self.modulation + time.e0, time.level).row
-        a = ops.layer_norm_modulate(x, row(1), row(0), self.eps, dtype)
-        x = ops.gated_residual(x, self.self_attn(a, freqs), row(2), reusable(x))
+        q, k, v = self.self_attn.project(
+            ops.layer_norm_modulate(x, row(1), row(0), self.eps, dtype), freqs
+        )
+        y = ops.attention(q, k, v)
+        del q, k, v  # at real sizes these are gigabytes: each goes as soon as it was used
+        y = self.self_attn.output(y)
+        x = ops.gated_residual(x, y, row(2), reusable(x))
         y = self.cross_attn(self.norm3(x, dtype), kv, key_bias)
         x = torch.add(x, y, out=reusable(x))
-        b = ops.layer_norm_modulate(x, row(4), row(3), self.eps, dtype)
-        return ops.gated_residual(x, self.ffn(b), row(5), reusable(x))
+        del y
+        y = self.ffn(ops.layer_norm_modulate(x, row(4), row(3), self.eps, dtype))
+        return ops.gated_residual(x, y, row(5), reusable(x))
 
 
 class VaceBlock(Block):
@@ -194,28 +210,59 @@ class WanDiT(nn.Module):
         number, [B], or [B, L] per token. context: text [B, n, text_dim] with its zero rows, or what
         `prepare` made of it and image_context. vace_context [B, 96, T, h, w].
         """
-        latents = latents if y is None else torch.cat((latents, y), 1)
-        self._check(latents, vace_context)
         if not isinstance(context, TextCache):
             context = self.prepare(context, image_context)
         elif image_context is not None:
             raise UsageError("image_context is already part of the prepared context; leave it out")
+        conditions = {"y": y, "vace_context": vace_context, "context_scale": context_scale}
+        return self.forward_each(latents, t, (context,), **conditions)[0]
+
+    def forward_each(
+        self,
+        latents: Tensor,
+        t: int | float | Tensor,
+        texts: Sequence[TextCache],
+        *,
+        y: Tensor | None = None,
+        vace_context: Tensor | None = None,
+        context_scale: float = 1.0,
+    ) -> list[Tensor]:
+        """`forward` for each of several texts, block by block: a block's weights are needed once.
+
+        The results are those of as many calls of `forward`, bit for bit. Every text more costs one
+        more residual stream, fp32 [B, L, D] (with VACE two).
+        """
+        latents = latents if y is None else torch.cat((latents, y), 1)
+        self._check(latents, vace_context)
         grid = tuple(n // p for n, p in zip(latents.shape[2:], self.spec.patch_size, strict=True))
         freqs = self.rope.get(grid, latents.device)
         x = self.patch_embedding(latents).float()  # [B, L, D]
         time = self._embed_time(t, x)
+        control = None
         if vace_context is not None:
             control = self.vace_patch_embedding(vace_context)
             control = self.vace_blocks[0].before_proj(control) + x
+        branches = [Branch(text, _copy(x), _copy(control)) for text in texts[1:]]
+        branches.insert(0, Branch(texts[0], x, control))
+        del x, control
         for i, block in enumerate(self.blocks):
-            x = block(x, time, freqs, context.blocks[i], context.key_bias)
+            for branch in branches:
+                text = branch.text
+                branch.x = block(branch.x, time, freqs, text.blocks[i], text.key_bias)
             if i in self.spec.vace_layers:
-                j = self.spec.vace_layers.index(i)
-                side = self.vace_blocks[j]
-                control = side(control, time, freqs, context.vace_blocks[j], context.key_bias)
-                hint = side.after_proj(control)
-                x = torch.add(x, hint, alpha=context_scale, out=reusable(x))
-        return self._unpatchify(self.head(x, time), grid)
+                side = self.spec.vace_layers.index(i)
+                for branch in branches:
+                    self._add_hint(branch, side, time, freqs, context_scale)
+        return [self._unpatchify(self.head(branch.x, time), grid) for branch in branches]
+
+    def _add_hint(
+        self, branch: Branch, i: int, time: TimeEmbedding, freqs: Tensor, scale: float
+    ) -> None:
+        """Advance the control stream by its block i; what comes out steers the main stream."""
+        side, text = self.vace_blocks[i], branch.text
+        branch.control = side(branch.control, time, freqs, text.vace_blocks[i], text.key_bias)
+        hint = side.after_proj(branch.control)
+        branch.x = torch.add(branch.x, hint, alpha=scale, out=reusable(branch.x))
 
     def prepare(
         self,
@@ -271,6 +318,10 @@ class WanDiT(nn.Module):
         if any(n % p for n, p in zip(size, spec.patch_size, strict=True)):
             raise UsageError(f"latents of size {size} do not divide into patches {spec.patch_size}")
         _check_given("vace_context", vace_context, bool(spec.vace_layers))
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
 
 
 def _check_given(name: str, value: Tensor | None, wanted: bool) -> None:

@@ -115,13 +115,27 @@ class Gelu(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, Linear: the hidden activations stay in the weights' dtype."""
+    """Linear, GELU, Linear: the hidden activations stay in the weights' dtype.
+
+    Long sequences go through in parts of `ROWS` tokens, so that what is hidden stays small.
+    """
+
+    ROWS = 8192  # enough for a matrix product to keep any card busy
 
     def __init__(
         self, dim: int, hidden_dim: int, out_dim: int | None = None, ops: Ops = TORCH
     ) -> None:
         last = Linear(hidden_dim, out_dim or dim)
         super().__init__(Linear(dim, hidden_dim), Gelu(ops=ops), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, D] -> [B, L, out]."""
+        if x.shape[1] <= self.ROWS or torch.is_grad_enabled():
+            return super().forward(x)
+        y = x.new_empty(*x.shape[:2], self[2].out_features, dtype=self[2].weight.dtype)
+        for source, target in zip(x.split(self.ROWS, 1), y.split(self.ROWS, 1), strict=True):
+            target.copy_(super().forward(source))
+        return y
 
 
 class RopeTables:
@@ -187,13 +201,16 @@ class SelfAttention(nn.Module):
         self.v, self.o = Linear(dim, dim), Linear(dim, dim)
         self.norm_q, self.norm_k = RMSNorm(dim, eps, ops), RMSNorm(dim, eps, ops)
 
-    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
-        """x [B, L, D], freqs [L, hd / 2, 2] -> [B, L, D]."""
+    def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D], freqs [L, hd / 2, 2] -> q, k, v [B, H, L, hd]."""
         norm_rope = self.ops.rms_norm_rope
         q = norm_rope(self.q(x), self.norm_q.weight, freqs, self.num_heads, self.eps)
         k = norm_rope(self.k(x), self.norm_k.weight, freqs, self.num_heads, self.eps)
-        v = _split_heads(self.v(x), self.num_heads)
-        return self.o(_join_heads(self.ops.attention(q, k, v)))
+        return q, k, _split_heads(self.v(x), self.num_heads)
+
+    def output(self, y: Tensor) -> Tensor:
+        """What the attention made, [B, H, L, hd] -> [B, L, D]."""
+        return self.o(_join_heads(y))
 
 
 class CrossAttention(nn.Module):
