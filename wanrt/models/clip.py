@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.config import ClipSpec
+from wanrt.models.layers import Visit, weights_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -97,3 +98,8 @@ class ClipVision(nn.Module):
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, 256, D]
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], dim=1) + self.pos_embedding
         return self.transformer(self.pre_norm(x))
+
+    def visits(self) -> tuple[list[Visit]]:
+        """The blocks, as a pass comes to them."""
+        names = [f"transformer.{i}" for i in range(len(self.transformer))]
+        return ([Visit(name, weights_of(self, name)) for name in names],)

@@ -13,6 +13,7 @@ embedding stays fp32. The sinusoid of t is computed in fp64, as in the reference
 Source: `wan/modules/model.py` of Wan2.1 @9737cba and Wan2.2 @42bf4cf, Wan2.1 `vace_model.py`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,9 +34,13 @@ from wanrt.models.layers import (
     PatchEmbedding,
     RopeTables,
     SelfAttention,
+    Visit,
     inverse_frequencies,
     reusable,
+    weights_of,
 )
+
+_TEXT_SIDE = re.compile(r"\.cross_attn\.(norm_)?[kv](_img)?\.")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Block(nn.Module):
         del q, k, v  # at real sizes these are gigabytes: each goes as soon as it was used
         y = self.self_attn.output(y)
         x = ops.gated_residual(x, y, row(2), reusable(x))
+        del y
         y = self.cross_attn(self.norm3(x, dtype), kv, key_bias)
         x = torch.add(x, y, out=reusable(x))
         del y
@@ -287,6 +293,27 @@ class WanDiT(nn.Module):
         sides = self.vace_blocks if self.spec.vace_layers else ()
         vace = tuple(side.cross_attn.prepare(text, image) for side in sides)
         return TextCache(blocks, vace, key_bias)
+
+    def visits(self) -> tuple[list[Visit], list[Visit]]:
+        """The blocks as `forward_each` comes to them, and their text projections as `prepare` does.
+
+        `before_proj` belongs to no visit: it is called before its block.
+        """
+        names = [f"blocks.{i}" for i in range(len(self.blocks))]
+        sides = [f"vace_blocks.{j}" for j in range(len(self.spec.vace_layers))]
+        order = []
+        for i, name in enumerate(names):
+            order += [name]
+            order += [sides[j] for j, main in enumerate(self.spec.vace_layers) if main == i]
+        forward = [Visit(n, self._weights(n, text=False)) for n in order]
+        texts = [Visit(f"{n}.cross_attn.k", self._weights(n, text=True)) for n in names]
+        texts += [Visit(f"{n}.cross_attn.k", self._weights(n, text=True)) for n in sides]
+        return forward, texts
+
+    def _weights(self, block: str, text: bool) -> tuple[str, ...]:
+        """Of one block: what makes keys and values of the conditions, or everything else."""
+        every = (name for name in weights_of(self, block) if ".before_proj." not in name)
+        return tuple(name for name in every if bool(_TEXT_SIDE.search(name)) == text)
 
     def _embed_time(self, t: int | float | Tensor, x: Tensor) -> TimeEmbedding:
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device)

@@ -53,6 +53,21 @@ def choose(ops: type[Chosen], device: torch.device, dtype: torch.dtype) -> Chose
     return ops(*(choice.function for choice in choices))
 
 
+class Visit(NamedTuple):
+    """A stop of a pass through a model: weights that are needed once `module` is called.
+
+    They are needed until the next visit. What a model's `visits` does not name, it always needs.
+    """
+
+    module: str
+    weights: tuple[str, ...]
+
+
+def weights_of(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Full names of the weights of one submodule."""
+    return tuple(f"{name}.{leaf}" for leaf, _ in module.get_submodule(name).named_parameters())
+
+
 def reusable(x: Tensor) -> Tensor | None:
     """x itself as the place for a result, where no backward pass can ask for its old value."""
     return None if torch.is_grad_enabled() else x

@@ -7,12 +7,15 @@ Source: Wan2.1 @9737cba `wan/modules/t5.py` (names, arithmetic); T5 (arXiv 1910.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from wanrt.config import Umt5Spec
+from wanrt.models.layers import Visit, weights_of
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -123,13 +126,35 @@ class Umt5Encoder(nn.Module):
 
         Real rows do not depend on the pads. Peak beside the weights: B·H·n² logits, two copies.
         """
+        return self.forward_each([(ids, mask)])[0]
+
+    def forward_each(self, prompts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """`forward` for each prompt, block by block: a block's weights are needed once."""
+        passes = [self._begin(ids, mask) for ids, mask in prompts]
+        for block in self.blocks:
+            for one in passes:
+                one.x = block(one.x, one.buckets, one.pad)
+        return [self.norm(one.x) for one in passes]
+
+    def _begin(self, ids: Tensor, mask: Tensor) -> "Pass":
         assert ids.shape == mask.shape, f"{ids.shape=} {mask.shape=}"
         position = torch.arange(ids.shape[1], device=ids.device)
         buckets = relative_buckets(
             position[None, :] - position[:, None], self.spec.num_buckets, self.spec.max_distance
         )
         pad = (mask == 0)[:, None, None, :]
-        x = self.token_embedding(ids)  # [B, n, D]
-        for block in self.blocks:
-            x = block(x, buckets, pad)
-        return self.norm(x)
+        return Pass(self.token_embedding(ids), buckets, pad)
+
+    def visits(self) -> tuple[list[Visit]]:
+        """The blocks, as a pass comes to them."""
+        names = [f"blocks.{i}" for i in range(len(self.blocks))]
+        return ([Visit(name, weights_of(self, name)) for name in names],)
+
+
+@dataclass
+class Pass:
+    """One prompt batch on its way through the blocks."""
+
+    x: Tensor  # [B, n, D]
+    buckets: Tensor  # int64 [n, n]
+    pad: Tensor  # bool [B, 1, 1, n]

@@ -9,6 +9,7 @@ and shape by shape, and only then filled.
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.errors import FormatError
+from wanrt.memory.offload import WeightStream
+from wanrt.memory.placement import Placement
 from wanrt.models.layers import choose
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.detect import Detected, shape_of, translate
@@ -33,6 +36,8 @@ _CLASSES: dict[Kind, tuple[str, str]] = {
 # CLIP's last block and what follows it are in the files but not in the module.
 _UNUSED = re.compile(r"post_norm\.|transformer\.(\d+)\.")
 
+_LARGE_TABLE = 64 << 20  # bytes
+
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
 
@@ -44,32 +49,94 @@ def load_component(
     *,
     check: bool = True,
     progress: Progress | None = None,
+    placement: Placement | None = None,
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
-    Raises FormatError. Peak: the model and 8 MiB; on a device, one tensor on the CPU.
+    With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
+    token tables stay in their file. Raises FormatError.
+    Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
+    device = torch.device(device)
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
-    checkpoint = Checkpoint.open(found.path)
-    sources = match(module, checkpoint, found)
-    check_formats(checkpoint)
-    fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
-    total = sum(
-        checkpoint.tensors[n].num_bytes for source in sources.values() for n in source.stored
-    )
-    reader, done = PlainReader(checkpoint), 0
-    for name, source in sources.items():
-        wanted = torch.float32 if fp32.search(name) else dtype
-        tensor = _read(reader, source, shape_of(source, checkpoint.tensors), wanted)
-        if check:
-            _check_finite(checkpoint, source, tensor)
-        _assign(module, name, _place(tensor, kind, torch.device(device)))
-        done += sum(checkpoint.tensors[n].num_bytes for n in source.stored)
+    weights = _Weights(module, found, dtype)
+    stream = None
+    if placement is not None and placement.slots:
+        stream = WeightStream(
+            module, module.visits(), placement, device, weights.dtype_of, weights.read
+        )
+    done = 0
+    for name in weights.sources:
+        if placement is not None and weights.is_large_table(name):
+            _replace_table(module, name, weights, device)
+        elif stream is None or stream.waits_in_memory(name) or not stream.streams(name):
+            tensor = weights.read(name)
+            if check:
+                _check_finite(weights.checkpoint, weights.sources[name], tensor)
+            if stream is not None and stream.streams(name):
+                stream.hold(name, tensor)
+            else:
+                _assign(module, name, _place(tensor, kind, device))
+        done += weights.num_bytes(name)
         if progress:
-            progress(done, total)
+            progress(done, weights.total)
+    if stream is not None:
+        stream.attach()
     return module.eval().requires_grad_(False)
+
+
+class _Weights:
+    """The weights of one component as its module wants them, read one at a time."""
+
+    def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype) -> None:
+        self.checkpoint = Checkpoint.open(found.path)
+        self.sources = match(module, self.checkpoint, found)
+        check_formats(self.checkpoint)
+        self.total = sum(self.num_bytes(name) for name in self.sources)
+        self._fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
+        self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
+
+    def num_bytes(self, name: str) -> int:
+        """As stored."""
+        return sum(self.checkpoint.tensors[n].num_bytes for n in self.sources[name].stored)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if self._fp32.search(name) else self._dtype
+
+    def read(self, name: str) -> Tensor:
+        source = self.sources[name]
+        shape = shape_of(source, self.checkpoint.tensors)
+        return _read(self._reader, source, shape, self.dtype_of(name))
+
+    def is_large_table(self, name: str) -> bool:
+        """A token table of which a prompt needs few rows."""
+        return name == "token_embedding.weight" and self.num_bytes(name) > _LARGE_TABLE
+
+    def rows(self, name: str, ids: list[int]) -> Tensor:
+        """Some rows of a table, in this order."""
+        stored = self.sources[name].stored[0]
+        pieces = [self._reader.read(stored, self.dtype_of(name), range(i, i + 1)) for i in ids]
+        return torch.cat(pieces)
+
+
+class FileEmbedding(nn.Module):
+    """An embedding whose table stays in its file; the rows of a prompt are read when asked for."""
+
+    def __init__(self, rows: Callable[[list[int]], Tensor], device: torch.device) -> None:
+        super().__init__()
+        self._rows, self._device = rows, device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, n] -> [B, n, D] on the device of the model."""
+        distinct, place = ids.unique(return_inverse=True)
+        return self._rows(distinct.tolist()).to(self._device)[place]
+
+
+def _replace_table(module: nn.Module, name: str, weights: _Weights, device: torch.device) -> None:
+    owner = name.rpartition(".")[0]
+    module.set_submodule(owner, FileEmbedding(partial(weights.rows, name), device))
 
 
 def skeleton(

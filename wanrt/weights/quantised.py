@@ -40,21 +40,24 @@ class PlainReader:
         self._stored = torch.empty(_PIECE * 4, dtype=torch.uint8)
         self._product = torch.empty(_PIECE, dtype=torch.float32)
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor in `dtype`; its product with a scale is made in fp32. Peak: the result."""
+    def read(self, name: str, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+        """The tensor, or these rows of it (step 1), in `dtype`. Peak: the result.
+
+        A product with a scale is made in fp32.
+        """
         info = self._checkpoint.tensors[name]
         scale = _scale(self._checkpoint, name)
         if (scale is None and info.dtype == dtype) or not info.shape:
-            return self._checkpoint.read(name).to(dtype)
-        plain = torch.empty(info.shape, dtype=dtype)
-        num_rows = info.shape[0]
-        step = max(1, _PIECE * num_rows // max(1, info.numel))
-        for start in range(0, num_rows, step):
-            rows = range(start, min(start + step, num_rows))
-            piece = self._checkpoint.read(name, rows, self._stored)
+            return self._checkpoint.read(name, rows).to(dtype)
+        wanted = range(info.shape[0]) if rows is None else rows
+        plain = torch.empty(len(wanted), *info.shape[1:], dtype=dtype)
+        step = max(1, _PIECE * info.shape[0] // max(1, info.numel))
+        for start in range(wanted.start, wanted.stop, step):
+            part = range(start, min(start + step, wanted.stop))
+            piece = self._checkpoint.read(name, part, self._stored)
             if scale is not None:
-                piece = self._times(piece, scale if len(scale) == 1 else scale[start : rows.stop])
-            plain[start : rows.stop] = piece
+                piece = self._times(piece, scale if len(scale) == 1 else scale[start : part.stop])
+            plain[start - wanted.start : part.stop - wanted.start] = piece
         return plain
 
     def _times(self, piece: Tensor, scale: Tensor) -> Tensor:

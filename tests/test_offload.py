@@ -1,0 +1,130 @@
+"""Blocks that stream give what resident blocks give, to the bit, in the order that was planned."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wanrt
+from wanrt.config import NANO, WanSpec
+from wanrt.memory.placement import Placement, place
+from wanrt.weights import load as loading
+
+MODELS = ("nano", "wan2.1-i2v-14b-480p", "wan2.1-vace-1.3b")
+PLACEMENTS = {
+    "none-stay": (0, 2, None),
+    "one-stays": (1, 2, None),
+    "three-slots": (0, 3, None),
+    "all-from-file": (0, 2, 0),
+    "some-from-file": (1, 2, 1),
+}
+
+
+def placement_of(num_blocks: int, resident: int, slots: int, pinned: int | None) -> Placement:
+    streamed = num_blocks - resident
+    return Placement(num_blocks, resident, slots, streamed if pinned is None else pinned)
+
+
+def num_visits(spec: WanSpec) -> int:
+    return spec.dit.num_layers + len(spec.dit.vace_layers)
+
+
+def inputs_of(spec: WanSpec) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    d = spec.dit
+    given = {"latents": torch.randn(1, d.out_dim, 2, 4, 6)}
+    if d.in_dim > d.out_dim:
+        given["y"] = torch.randn(1, d.in_dim - d.out_dim, 2, 4, 6)
+    if d.vace_layers:
+        given["vace_context"] = torch.randn(1, d.vace_in_dim, 2, 4, 6)
+    return given
+
+
+@torch.inference_mode()
+def run(dit: nn.Module, spec: WanSpec, together: bool) -> list[Tensor]:
+    """Two steps with two texts."""
+    given, d = inputs_of(spec), spec.dit
+    torch.manual_seed(4)
+    image = None if d.image_dim is None else torch.randn(1, 257, d.image_dim)
+    texts = [dit.prepare(torch.randn(1, n, d.text_dim), image) for n in (9, 4)]
+    results = []
+    for t in (900.0, 300.0):
+        latents = given["latents"]
+        rest = {name: value for name, value in given.items() if name != "latents"}
+        if together:
+            results += dit.forward_each(latents, t, texts, **rest)
+        else:
+            results += [dit(latents, t, text, **rest) for text in texts]
+    return results
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["in-turn", "together"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_streamed_transformer_is_the_resident_one(
+    name: str, placement: str, together: bool, zoo: Any
+) -> None:
+    spec, path = zoo.specs[name], zoo.path(name)
+    expected = run(wanrt.load_component(path, "dit"), spec, together=False)
+    where = placement_of(num_visits(spec), *PLACEMENTS[placement])
+    dit = loading.load_component(path, "dit", placement=where)
+    for ours, theirs in zip(run(dit, spec, together), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pinned", [None, 0])
+def test_streamed_encoders_are_the_resident_ones(
+    pinned: int | None, zoo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_LARGE_TABLE", 0)  # so that the token table stays in its file
+    spec, path = zoo.specs[MODELS[1]], zoo.path(MODELS[1])
+    ids = [torch.tensor([[5, 3, 9, 5, 1]]), torch.tensor([[7, 1]])]
+    pairs = [(one, torch.ones_like(one)) for one in ids]
+    expected = [wanrt.load_component(path, "umt5")(*pair) for pair in pairs]
+    where = placement_of(spec.umt5.num_layers, 0, 2, pinned)
+    umt5 = loading.load_component(path, "umt5", placement=where)
+    assert not any("token_embedding" in name for name, _ in umt5.named_parameters())
+    for ours, theirs in zip(umt5.forward_each(pairs), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    pixels = torch.randn(1, 3, 224, 224)
+    assert spec.clip is not None
+    where = placement_of(spec.clip.num_layers - 1, 0, 2, pinned)
+    clip = loading.load_component(path, "clip", placement=where)
+    assert torch.equal(clip(pixels), wanrt.load_component(path, "clip")(pixels))
+
+
+def test_weights_that_are_not_there_cannot_be_used(zoo: Any) -> None:
+    """A block that was left holds no values, least of all those of the block in its buffer."""
+    where = placement_of(NANO.dit.num_layers, 2, 2, None)
+    dit = loading.load_component(zoo.path("nano"), "dit", placement=where)
+    run(dit, NANO, together=False)
+    there = [block.ffn[0].weight.device.type == "cpu" for block in dit.blocks]
+    assert sum(there) == 3  # two that stay and the last one visited
+    assert all(there[i] for i in where.resident())
+
+
+def test_each_block_is_copied_once_per_pass(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = loading._Weights.read
+    monkeypatch.setattr(
+        loading._Weights, "read", lambda self, name: reads.append(name) or read(self, name)
+    )
+    where = placement_of(NANO.dit.num_layers, 0, 2, 0)  # every copy reads the file
+    dit = loading.load_component(zoo.path("nano"), "dit", placement=where)
+    run(dit, NANO, together=True)
+    counts = [reads.count(f"blocks.{i}.ffn.0.weight") for i in range(NANO.dit.num_layers)]
+    assert counts[1:] == [2] * (NANO.dit.num_layers - 1)
+    assert counts[0] in (2, 3)  # the third for a step that does not come
+
+
+def test_blocks_that_stay_are_spread_evenly() -> None:
+    assert sorted(Placement(6, 3).resident()) == [1, 3, 5]
+    assert len(Placement(40, 13).resident()) == 13
+    assert Placement(4, 4).resident() == {0, 1, 2, 3}
+
+
+def test_host_memory_that_is_short_sends_the_rest_to_the_file() -> None:
+    where = place([100] * 10, num_resident=2, pinned_room=350)
+    assert (where.num_pinned, where.pinned, where.mapped) == (3, 300, 500)
+    assert place([100] * 10, 10, 0) == Placement(10, 10)

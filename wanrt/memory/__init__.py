@@ -1,0 +1,1 @@
+"""What a request holds where, planned beforehand, kept while it runs."""

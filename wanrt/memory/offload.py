@@ -1,0 +1,241 @@
+"""Weights that visit the device: blocks wait in host memory or in their file and come in turn.
+
+A pass through a model is a round of visits, one for each block. The blocks that stream share a
+ring of device buffers. While one block computes, a worker copies the next ones into the buffers
+that are free; a buffer is free once all work that was queued before its block was left is done.
+Text encoder, CLIP tower and both transformers go through this one mechanism.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wanrt.memory.placement import Placement
+
+_ALIGNMENT = 256  # bytes, as CUDA's allocator aligns
+
+
+class Visit(Protocol):
+    """A stop of a pass: weights that are needed from the call of a submodule to the next visit."""
+
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def weights(self) -> tuple[str, ...]: ...
+
+
+Rounds = Sequence[Sequence[Visit]]  # the first is a forward pass, whose blocks may stay
+_Key = tuple[int, int]  # round, visit
+Read = Callable[[str], Tensor]  # a weight's name -> the weight as the module holds it, on the CPU
+
+
+class _Place(NamedTuple):
+    """Where a weight lies in the bytes of its visit."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.shape.numel() * self.dtype.itemsize
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.stop].view(self.dtype).view(self.shape)
+
+
+@dataclass
+class _Stop:
+    """A visit that streams: where its weights lie, and where they wait (None: in their file)."""
+
+    visit: Visit
+    places: dict[str, _Place]
+    host: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return max(place.stop for place in self.places.values())
+
+
+@dataclass
+class _Slot:
+    """One buffer of the ring. `free` is the event after which it may be overwritten."""
+
+    buffer: Tensor
+    staging: Tensor | None
+    free: torch.cuda.Event | None = None
+    copied: torch.cuda.Event | None = None
+
+
+class _Coming(NamedTuple):
+    slot: _Slot
+    done: Future[None]
+
+
+class WeightStream:
+    """The blocks of one module that do not stay on the device, and the ring they pass through."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rounds: Rounds,
+        placement: Placement,
+        device: torch.device,
+        dtype_of: Callable[[str], torch.dtype],
+        read: Read,
+    ) -> None:
+        """`module` may be empty (meta). Allocates the ring and the host memory, reads nothing."""
+        assert placement.slots > 1, f"{placement=}"
+        self.module, self.device, self._read = module, device, read
+        self._stops: dict[_Key, _Stop] = {}
+        resident = placement.resident()
+        for r, visits in enumerate(rounds):
+            for i, visit in enumerate(visits):
+                if r > 0 or i not in resident:
+                    self._stops[r, i] = _Stop(visit, _lay_out(module, visit, dtype_of))
+        pinned = [stop for key, stop in self._stops.items() if key[0] == 0]
+        pinned = pinned[: placement.num_pinned]
+        pinned += [stop for key, stop in self._stops.items() if key[0] > 0]
+        for stop in pinned:
+            stop.host = host_buffer(stop.num_bytes, device)
+        self._stop_of = {name: stop for stop in self._stops.values() for name in stop.places}
+        self._next = _successors(list(self._stops))
+        size = max(stop.num_bytes for stop in self._stops.values())
+        staged = any(stop.host is None for stop in self._stops.values())
+        self._free = [
+            _Slot(
+                torch.empty(size, dtype=torch.uint8, device=device),
+                host_buffer(size, device) if staged else None,
+            )
+            for _ in range(placement.slots)
+        ]
+        self._coming: dict[_Key, _Coming] = {}
+        self._now: tuple[_Key, _Slot] | None = None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="wanrt-weights")
+        weakref.finalize(self, self._worker.shutdown, wait=False)
+
+    def attach(self) -> None:
+        """From now on every visit happens by itself, when its module is called."""
+        for key, stop in self._stops.items():
+            owner = self.module.get_submodule(stop.visit.module)
+            owner.register_forward_pre_hook(lambda *_, key=key: self.enter(key))
+
+    def streams(self, name: str) -> bool:
+        """Whether a weight is one that the module never holds for itself."""
+        return name in self._stop_of
+
+    def waits_in_memory(self, name: str) -> bool:
+        """Whether `hold` must be given this weight; else it is read at every visit."""
+        return name in self._stop_of and self._stop_of[name].host is not None
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Keep a weight in host memory; a copy."""
+        stop = self._stop_of[name]
+        assert stop.host is not None, f"{name=}"
+        stop.places[name].view(stop.host).copy_(tensor)
+
+    def enter(self, key: _Key) -> None:
+        """Put the weights of a visit in their places; the visit before ends with it."""
+        if self._now is not None and self._now[0] == key:
+            return
+        self._leave()
+        if key not in self._coming:
+            self._request(key, force=True)
+        coming = self._coming.pop(key)
+        coming.done.result()
+        if coming.slot.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(coming.slot.copied)
+        for name, place in self._stops[key].places.items():
+            _assign(self.module, name, place.view(coming.slot.buffer))
+        self._now = (key, coming.slot)
+        following = key
+        while self._free and (following := self._next[following]) != key:
+            self._request(following)
+
+    def _leave(self) -> None:
+        if self._now is None:
+            return
+        key, slot = self._now
+        for name, place in self._stops[key].places.items():
+            _assign(self.module, name, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+        if self._copies is not None:
+            slot.free = torch.cuda.current_stream(self.device).record_event()
+        self._free.append(slot)
+        self._now = None
+
+    def _request(self, key: _Key, force: bool = False) -> None:
+        """Have a visit's weights copied, if a buffer is free; `force` takes back one not used."""
+        if key in self._coming or (self._now is not None and self._now[0] == key):
+            return
+        if force and not self._free:
+            unused = self._coming.pop(next(iter(self._coming)))
+            unused.done.result()
+            self._free.append(unused.slot)
+        if self._free:
+            slot = self._free.pop(0)
+            self._coming[key] = _Coming(slot, self._worker.submit(self._bring, key, slot))
+
+    @torch.inference_mode()
+    def _bring(self, key: _Key, slot: _Slot) -> None:
+        """In the worker: from host memory, or from the file through the slot's staging buffer."""
+        stop = self._stops[key]
+        source = stop.host
+        if source is None:
+            if slot.copied is not None:
+                slot.copied.synchronize()  # staging may still be on its way
+            source = slot.staging
+            for name, place in stop.places.items():
+                place.view(source).copy_(self._read(name))
+        size = stop.num_bytes
+        if self._copies is None:
+            slot.buffer[:size].copy_(source[:size])
+            return
+        with torch.cuda.stream(self._copies):
+            if slot.free is not None:
+                self._copies.wait_event(slot.free)
+            slot.buffer[:size].copy_(source[:size], non_blocking=True)
+            slot.copied = self._copies.record_event()
+
+
+def _lay_out(
+    module: nn.Module, visit: Visit, dtype_of: Callable[[str], torch.dtype]
+) -> dict[str, _Place]:
+    places, offset = {}, 0
+    for name in visit.weights:
+        places[name] = _Place(offset, module.get_parameter(name).shape, dtype_of(name))
+        offset = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
+    return places
+
+
+def _successors(keys: list[_Key]) -> dict[_Key, _Key]:
+    """For each stop the next one of its round; the last one leads to the first."""
+    following = {}
+    for r in {key[0] for key in keys}:
+        mine = [key for key in keys if key[0] == r]
+        following.update(zip(mine, mine[1:] + mine[:1], strict=True))
+    return following
+
+
+def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """Host memory of exactly this size, pinned where the device copies from it by itself.
+
+    PyTorch's own pinned memory comes in powers of two, which can be twice what was asked for.
+    """
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda":
+        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, num_bytes, 0))
+        weakref.finalize(buffer, runtime.cudaHostUnregister, address)
+    return buffer
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

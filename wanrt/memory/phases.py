@@ -1,0 +1,167 @@
+"""Every way in which a phase of a request could run, with the memory and the time of each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from wanrt.config import VaeWork, WanSpec
+from wanrt.memory.dit_bytes import (
+    DitWeights,
+    Format,
+    Tokens,
+    activation_bytes,
+    count_tokens,
+    dit_weights,
+    latent_bytes,
+    text_cache_bytes,
+)
+from wanrt.memory.placement import (
+    Ask,
+    Guidance,
+    Machine,
+    Phase,
+    Placement,
+    copy_seconds,
+    place,
+)
+from wanrt.memory.text_bytes import (
+    EncoderWeights,
+    clip_activations,
+    clip_weights,
+    umt5_activations,
+    umt5_weights,
+)
+
+_LONGEST_CHUNK = 2  # latent frames that a VAE works on together
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a phase, and what the run must be told to do so."""
+
+    phase: Phase
+    placement: Placement | None = None
+    guidance: Guidance = "none"
+    work: VaeWork | None = None
+
+
+def text_options(
+    spec: WanSpec, ask: Ask, form: Format, machine: Machine, pinned_room: int | None
+) -> Iterator[Option]:
+    """The prompts, one after the other, through every block that is there."""
+    weights = umt5_weights(spec.umt5, form.other)
+    held = umt5_activations(spec.umt5, ask.text_rows, form.other)
+    held += 2 * ask.text_rows * spec.umt5.dim * 4  # the features of both prompts
+    yield from _encoder_options("text", weights, held, machine, pinned_room)
+
+
+def clip_options(
+    spec: WanSpec, form: Format, machine: Machine, pinned_room: int | None
+) -> Iterator[Option]:
+    """One picture at a time through the CLIP tower."""
+    assert spec.clip is not None, f"{spec.id=}"
+    weights = clip_weights(spec.clip, form.other)
+    held = clip_activations(spec.clip, form.other)
+    yield from _encoder_options("image", weights, held, machine, pinned_room)
+
+
+def _encoder_options(
+    name: str, weights: EncoderWeights, held: int, machine: Machine, pinned_room: int | None
+) -> Iterator[Option]:
+    sizes = [weights.block] * weights.num_blocks
+    for num in range(len(sizes), -1, -1):
+        placement = place(sizes, num, pinned_room)
+        streamed = placement.pinned + placement.mapped
+        phase = Phase(
+            name,
+            weights=num * weights.block + weights.rest,
+            ring=placement.slots * weights.block,
+            activations=held,
+            streamed=streamed,
+            seconds=copy_seconds(placement, machine),
+        )
+        yield Option(phase, placement)
+
+
+def dit_options(
+    spec: WanSpec, ask: Ask, form: Format, machine: Machine, pinned_room: int | None
+) -> Iterator[Option]:
+    """One denoising step: how many blocks stay, and whether both texts pass a block in turn."""
+    tokens = count_tokens(spec, ask.width, ask.height, ask.num_frames, ask.text_rows, ask.image)
+    weights = dit_weights(spec.dit, form)
+    orders: tuple[Guidance, ...] = ("sequential", "interleaved") if ask.guided else ("none",)
+    for order in orders:
+        passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
+        held = activation_bytes(spec.dit, tokens, form.other, together, machine.fused)
+        if form.quantised:
+            held += _quantised_extra(spec, tokens)
+        branches = 2 if ask.guided else 1
+        caches = branches * text_cache_bytes(spec.dit, tokens, form.other)
+        caches += latent_bytes(spec.dit, tokens)
+        compute = branches * step_operations(spec, tokens) / machine.flops
+        for placement, resident, ring in _block_options(spec, weights, pinned_room):
+            if order == "interleaved" and not placement.slots:
+                continue  # nothing streams: one text after the other holds less
+            copies = passes * copy_seconds(placement, machine)
+            phase = Phase(
+                "step",
+                weights=resident + weights.rest + ask.lora,
+                ring=ring,
+                activations=held,
+                caches=caches,
+                streamed=passes * (placement.pinned + placement.mapped),
+                seconds=max(compute, copies),
+            )
+            yield Option(phase, placement, order)
+
+
+def visit_sizes(spec: WanSpec, weights: DitWeights) -> list[int]:
+    """Bytes of the blocks in the order in which a pass comes to them: hints behind their block."""
+    sizes = []
+    for i in range(weights.num_blocks):
+        sizes.append(weights.block)
+        if i in spec.dit.vace_layers:
+            sizes.append(weights.block + weights.vace_extra)
+    return sizes
+
+
+def _block_options(
+    spec: WanSpec, weights: DitWeights, pinned_room: int | None
+) -> Iterator[tuple[Placement, int, int]]:
+    """Placement, bytes of blocks that stay, bytes of the ring.
+
+    Where all blocks stay, their cross-attention keys and values do too. Else those are wanted once
+    per request and pass through the ring; in host memory they have their place all the same.
+    """
+    sizes = visit_sizes(spec, weights)
+    kv = len(sizes) * weights.cross_kv
+    yield place(sizes, len(sizes), pinned_room), sum(sizes) + kv, 0
+    slot = max(*sizes, weights.cross_kv)
+    room = None if pinned_room is None else max(0, pinned_room - kv)
+    for num in range(len(sizes) - 1, -1, -1):
+        placement = place(sizes, num, room)
+        stay = sum(sizes[i] for i in placement.resident())
+        yield placement, stay, placement.slots * slot
+
+
+def step_operations(spec: WanSpec, tokens: Tokens) -> float:
+    """Additions and multiplications of one forward pass, the control branch included."""
+    d = spec.dit
+    blocks = d.num_layers + len(d.vace_layers)
+    matrices = 6 * d.dim * d.dim + 2 * d.dim * d.ffn_dim  # the keys of the text come from a cache
+    attention = 2 * d.dim * (tokens.length + tokens.text + tokens.image)
+    return 2.0 * blocks * tokens.length * (matrices + attention)
+
+
+def _quantised_extra(spec: WanSpec, tokens: Tokens) -> int:
+    """What eight-bit attention makes of q, k (one byte each) and v (fp16) before its products."""
+    return 4 * tokens.length * spec.dit.dim
+
+
+def decode_options(spec: WanSpec, ask: Ask, element: int) -> Iterator[Option]:
+    """Latents to frames, in whole frames or in bands of ever fewer rows."""
+    yield from _vae_options("decode", spec, ask, element)
+
+
+def encode_options(spec: WanSpec, ask: Ask, element: int) -> Iterator[Option]:
+    """Pictures or a video to latents, likewise."""
+    yield from _vae_options("encode", spec, ask, element)

@@ -1,0 +1,100 @@
+"""The vocabulary of plans: a machine, what is asked of it, where a part's blocks are, a phase."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wanrt.memory.budget import FIXED
+
+Guidance = Literal["none", "sequential", "interleaved"]
+SLOTS = 2  # of a ring: one block computes while the next one comes
+TEXT_ROWS = 256  # assumed where no prompt is known yet
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What estimates of time need: bytes and operations per second, roughly an RTX 4070's.
+
+    NOTE: assumed from data sheets (PCIe 4 x16, 58 TFLOP/s of bf16), not measured.
+    """
+
+    copy: float = 22e9  # pinned host memory to device
+    read: float = 3e9  # file to host memory
+    flops: float = 50e12
+    device: Literal["cuda", "cpu"] = "cuda"
+    fused: bool = True  # norms and rotation are single kernels
+
+    @property
+    def fixed(self) -> int:
+        """What the process holds on the device before it holds a tensor, bytes."""
+        return FIXED if self.device == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The size of a request, and what it brings."""
+
+    width: int
+    height: int
+    num_frames: int
+    guided: bool = True
+    image: bool = False  # a picture or a video conditions it
+    text_rows: int = TEXT_ROWS  # of the longer prompt
+    lora: int = 0  # bytes of low-rank branches, which stay on the device
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a part's blocks are held: some stay on the device, the others come when needed.
+
+    Of those that come, the first `num_pinned` wait in pinned host memory, the rest in their file.
+    """
+
+    num_blocks: int
+    num_resident: int
+    slots: int = 0  # of the ring that the others pass through
+    num_pinned: int = 0
+    pinned: int = 0  # bytes
+    mapped: int = 0  # bytes read from the file at every pass
+
+    def resident(self) -> frozenset[int]:
+        """Which blocks stay: spread evenly, so that every copy has computing to hide behind."""
+        n, r = self.num_blocks, self.num_resident
+        return frozenset(i for i in range(n) if (i + 1) * r // n > i * r // n)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase holds on the device, in bytes; `streamed` is what one pass copies to it."""
+
+    name: str
+    weights: int = 0
+    ring: int = 0
+    activations: int = 0
+    caches: int = 0
+    streamed: int = 0
+    seconds: float = 0.0  # of one pass, estimated
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.ring + self.activations + self.caches
+
+
+def place(sizes: list[int], num_resident: int, pinned_room: int | None) -> Placement:
+    """Blocks of these sizes, of which so many stay; `pinned_room` bytes, None for any number."""
+    if num_resident == len(sizes):
+        return Placement(len(sizes), num_resident)
+    stay = Placement(len(sizes), num_resident).resident()
+    streamed = [size for i, size in enumerate(sizes) if i not in stay]
+    pinned, num_pinned = 0, 0
+    for size in streamed:
+        if pinned_room is not None and pinned + size > pinned_room:
+            break
+        pinned, num_pinned = pinned + size, num_pinned + 1
+    mapped = sum(streamed) - pinned
+    return Placement(len(sizes), num_resident, SLOTS, num_pinned, pinned, mapped)
+
+
+def copy_seconds(placement: Placement, machine: Machine) -> float:
+    """Of one pass over the streamed blocks."""
+    every = placement.pinned + placement.mapped
+    return every / machine.copy + placement.mapped / machine.read
