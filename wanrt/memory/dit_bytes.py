@@ -146,8 +146,9 @@ def _normalised(n: int, element: int, levels: bool, fused: bool) -> int:
     rows = 2 * _FP32 * n if levels else 0  # shift and scale of each token
     if fused:
         return rows + element * n
-    copies = (3 if levels else 1) * _FP32 * n
-    return rows + copies + (element * n if element != _FP32 else 0)
+    if levels:
+        return rows + 2 * _FP32 * n
+    return _FP32 * n + (element * n if element != _FP32 else 0)
 
 
 def _project(n: int, element: int, levels: bool, fused: bool) -> int:

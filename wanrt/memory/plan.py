@@ -3,3 +3,180 @@
 `make_plan` is a pure function of numbers. Its answer fits the budget, or BudgetError says what
 would. Times are estimates; they only choose between placements.
 """
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from wanrt.config import VaeWork, WanSpec
+from wanrt.errors import BudgetError
+from wanrt.memory.budget import GIB, gib
+from wanrt.memory.dit_bytes import FORMATS
+from wanrt.memory.phases import (
+    Option,
+    clip_options,
+    decode_options,
+    dit_options,
+    encode_options,
+    text_options,
+)
+from wanrt.memory.placement import Ask, Guidance, Machine, Phase, Placement
+
+HOST_FIXED = 2 * GIB  # interpreter, libraries, frames on their way to the file
+_STEP = 16 << 20  # to which a budget that would do is rounded up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything of a request will be. Peaks are bytes on the device, `fixed` included."""
+
+    model: str
+    precision: str
+    ask: Ask
+    budget: int | None
+    fixed: int
+    keep: bool  # every part fits beside the others and stays for the next request
+    options: dict[str, Option]  # by phase: text, image, encode, step, decode
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return tuple(option.phase for option in self.options.values())
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + max(phase.peak for phase in self.phases)
+
+    @property
+    def pinned(self) -> int:
+        """Host memory pinned at one time, bytes: parts come one after the other."""
+        return max(o.placement.pinned for o in self.options.values() if o.placement)
+
+    def placement(self, phase: str) -> Placement:
+        """Of the part that a phase runs: `text`, `image` or `step`."""
+        placement = self.options[phase].placement
+        assert placement is not None, f"{phase=}"
+        return placement
+
+    def work(self, phase: str) -> VaeWork:
+        """How the VAE goes about `encode` or `decode`."""
+        work = self.options[phase].work
+        assert work is not None, f"{phase=}"
+        return work
+
+    @property
+    def guidance(self) -> Guidance:
+        return self.options["step"].guidance
+
+
+def make_plan(
+    spec: WanSpec,
+    ask: Ask,
+    precision: str = "bf16",
+    budget: int | None = None,
+    ram: int | None = None,
+    machine: Machine = Machine(),
+) -> Plan:
+    """The fastest plan within `budget` bytes on the device and `ram` bytes of host memory.
+
+    budget None: everything stays on the device. Raises BudgetError with the smallest budget that
+    would do and the longest video that this one allows.
+    """
+    options = _best(spec, ask, precision, budget, ram, machine)
+    if isinstance(options, str):
+        raise BudgetError(_advice(spec, ask, precision, budget, ram, machine, options))
+    whole = _best(spec, ask, precision, None, ram, machine)
+    assert not isinstance(whole, str), f"{whole=}"
+    together = sum(option.phase.weights for option in whole.values())
+    together += max(option.phase.peak - option.phase.weights for option in whole.values())
+    keep = budget is None or machine.fixed + together <= budget
+    return Plan(spec.id, precision, ask, budget, machine.fixed, keep, options)
+
+
+def smallest_budget(
+    spec: WanSpec, ask: Ask, precision: str, ram: int | None, machine: Machine
+) -> int:
+    """Bytes below which nothing is left to stream, cut or chunk."""
+    leasts = (
+        min(option.phase.peak for option in options)
+        for options in _phases(spec, ask, precision, ram, machine).values()
+    )
+    return machine.fixed + max(leasts)
+
+
+def _best(
+    spec: WanSpec,
+    ask: Ask,
+    precision: str,
+    budget: int | None,
+    ram: int | None,
+    machine: Machine,
+) -> dict[str, Option] | str:
+    """Of each phase the fastest option that fits; else the name of the first phase without one."""
+    chosen = {}
+    for name, options in _phases(spec, ask, precision, ram, machine).items():
+        room = None if budget is None else budget - machine.fixed
+        fitting = [o for o in options if room is None or o.phase.peak <= room]
+        if not fitting:
+            return name
+        chosen[name] = min(fitting, key=lambda o: (o.phase.seconds, -o.phase.weights))
+    return chosen
+
+
+def _phases(
+    spec: WanSpec, ask: Ask, precision: str, ram: int | None, machine: Machine
+) -> dict[str, list[Option]]:
+    """The phases of a request in their order, each with every way to run it."""
+    form = FORMATS[precision]
+    pinned_room = None if ram is None else max(0, ram - HOST_FIXED)
+    phases = {"text": list(text_options(spec, ask, form, machine, pinned_room))}
+    if spec.clip is not None and ask.image:
+        phases["image"] = list(clip_options(spec, form, machine, pinned_room))
+    if ask.image:
+        phases["encode"] = list(encode_options(spec, ask, form, machine))
+    phases["step"] = list(dit_options(spec, ask, form, machine, pinned_room))
+    phases["decode"] = list(decode_options(spec, ask, form, machine))
+    return phases
+
+
+def _advice(
+    spec: WanSpec,
+    ask: Ask,
+    precision: str,
+    budget: int | None,
+    ram: int | None,
+    machine: Machine,
+    phase: str,
+) -> str:
+    """What does not fit, and what would."""
+    least = smallest_budget(spec, ask, precision, ram, machine)
+    least = -(-least // _STEP) * _STEP
+    asked = f"{ask.width}x{ask.height}, {ask.num_frames} frames"
+    text = f"{spec.title} at {asked} in {precision} does not fit {gib(budget or 0)} ({phase})"
+    remedies = [f"--vram {least / GIB:.2f}G"]
+
+    def fits(frames: int) -> bool:
+        shorter = replace(ask, num_frames=frames)
+        return not isinstance(_best(spec, shorter, precision, budget, ram, machine), str)
+
+    longest = _longest(ask.num_frames, fits)
+    if longest:
+        remedies.append(f"--frames {longest}")
+    return f"{text}; what would: {' or '.join(remedies)}"
+
+
+def _longest(frames: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest 4n+1 below `frames` that fits, by halving; None where not even one does."""
+    low, high = 0, (frames - 1) // 4
+    if not fits(1):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(4 * middle + 1) else (low, middle)
+    return 4 * low + 1
+
+
+def rows(plan: Plan) -> Iterable[tuple[str, ...]]:
+    """The plan as a table: phase, weights, ring, streamed, activations, caches, peak."""
+    for phase in plan.phases:
+        numbers = (phase.weights, phase.ring, phase.streamed, phase.activations, phase.caches)
+        peak = plan.fixed + phase.peak
+        yield (phase.name, *(gib(n) if n else "-" for n in numbers), gib(peak))

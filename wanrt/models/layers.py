@@ -259,7 +259,7 @@ class CrossAttention(nn.Module):
         bias = None if key_bias is None else key_bias[:, None, None]
         y = self._attend(q, kv.k, kv.v, bias)
         if kv.k_image is not None and kv.v_image is not None:
-            y = y + self._attend(q, kv.k_image, kv.v_image)
+            y = torch.add(y, self._attend(q, kv.k_image, kv.v_image), out=reusable(y))
         return self.o(_join_heads(y))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
