@@ -120,19 +120,20 @@ def _bounce(room: _Room, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     x, _ = room.point(rng)
     drift = rng.uniform(-0.06, 0.06)
     x = np.clip(x, room.left + abs(drift), room.right - abs(drift))
-    height = rng.uniform(0.38, min(0.55, room.bottom - room.top))
+    height = rng.uniform(0.32, min(0.44, room.bottom - room.top))
     floor = rng.uniform(room.top + height, room.bottom)
-    phase = (rng.uniform(2, 3) * u + rng.uniform(0, 1)) % 1
+    phase = (rng.uniform(1.5, 2.1) * u + rng.uniform(0, 1)) % 1
     return np.stack([x + drift * (u - 0.5), floor - height * 4 * phase * (1 - phase)], 1)
 
 
 def _orbit(room: _Room, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     reach = min(room.right - room.left, room.bottom - room.top) / 2
-    radius = rng.uniform(0.17, min(0.28, reach))
+    radius = rng.uniform(0.15, min(0.23, reach))
     slack = min(0.08, reach - radius)
     x = (room.left + room.right) / 2 + rng.uniform(-slack, slack)
     y = (room.top + room.bottom) / 2 + rng.uniform(-slack, slack)
-    angle = 2 * np.pi * (u * rng.choice([-1, 1]) + rng.uniform(0, 1))
+    turns = rng.uniform(0.85, 1) * rng.choice([-1, 1])
+    angle = 2 * np.pi * (turns * u + rng.uniform(0, 1))
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1)
 
 
