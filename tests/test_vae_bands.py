@@ -136,3 +136,89 @@ def test_bands_equal_the_whole_to_the_bit(
     vae, latents, video, pixels, encoded = coded
     assert torch.equal(vae.decode(latents, work=work), pixels)
     assert torch.equal(vae.encode(video, work=work), encoded)
+
+
+@pytest.mark.parametrize("work", WORKS[:4], ids=str)
+@each
+def test_bands_equal_the_whole_on_the_fast_path(spec: VaeSpec, work: VaeWork) -> None:
+    """To rounding: oneDNN picks its blocking by shape, and so the order of a sum's terms."""
+    with torch.backends.mkldnn.flags(enabled=True):
+        vae = random_vae(spec)
+        latents, video = draw(spec, 3, 7, 5)
+        assert (vae.decode(latents, work=work) - vae.decode(latents)).abs().max() <= 1e-5
+        assert (vae.encode(video, work=work) - vae.encode(video)).abs().max() <= 1e-5
+
+
+@each
+def test_the_halo_of_a_decoder_is_13_latent_rows(spec: VaeSpec) -> None:
+    """Not one row more or fewer: found from the rows that NaN in one latent row reaches."""
+    top, inner, bottom = decoder_bands(spec, 60, 20)
+    assert (top.given[:2], inner.given[:2], bottom.given[:2]) == ((0, 33), (7, 53), (27, 60))
+    vae = random_vae(spec)
+    for row, reached in ((6, False), (7, True), (52, True), (53, False)):
+        x = torch.randn(1, vae.decoder.conv1.out_channels, 2, 60, 1)
+        x[:, :, 0, row] = torch.nan
+        y = vae.decoder.local(x, vae._course(vae.decoder, vae.decoder_state(), VaeWork(), x).whole)
+        assert y[..., inner.result.start : inner.result.stop, :].isnan().any() == reached
+
+
+@each
+def test_the_halo_of_an_encoder_is_what_its_layers_see(spec: VaeSpec) -> None:
+    """A band sees (2, 2, 2) x 2 convolutions at each size, more rows below it than above."""
+    inner = encoder_bands(spec, 30, 10)[1]
+    first, last = inner.given.start, inner.given.stop - 1
+    vae = random_vae(spec)
+    for row, reached in ((first - 1, False), (first, True), (last, True), (last + 1, False)):
+        x = torch.randn(1, vae.encoder.conv1.in_channels, 1, inner.given.height, 8)
+        x[..., row, :] = torch.nan
+        walk = vae._course(vae.encoder, vae.encoder_state(), VaeWork(), x).whole
+        for layer in vae.encoder.local_layers:
+            x = layer(x, walk)
+        assert x[..., inner.result.start : inner.result.stop, :].isnan().any() == reached
+
+
+@each
+def test_a_banded_state_goes_on_where_it_stopped(spec: VaeSpec) -> None:
+    vae, work = random_vae(spec), VaeWork(1, band=3, host=True)
+    latents, video = draw(spec, 4, 7, 2)
+    for run, clip, cut in ((vae.decode_chunks, latents, 2), (vae.encode_chunks, video, 5)):
+        steps = list(run(clip, work=work))
+        state = steps[1][1]
+        assert isinstance(state, CausalState) and len(state.bands) == 3
+        rest = torch.cat([part for part, _ in run(clip[:, :, cut:], state, work=work)], 2)
+        assert torch.equal(rest, torch.cat([part for part, _ in steps[2:]], 2))
+        with pytest.raises(UsageError, match="3 bands"):
+            next(run(clip, state, work=VaeWork(1, band=4)))
+        with pytest.raises(UsageError, match="'bands'"):
+            next(run(clip, state, work=VaeWork(1, band=3, order="bands")))
+
+
+def test_a_full_disk_is_told_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_spool.tempfile, "tempdir", str(tmp_path))
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.seek, self.close = file, file.seek, file.close
+
+        def write(self, data) -> None:
+            raise OSError(28, "No space left on device")
+
+    opened = vae_spool.tempfile.TemporaryFile
+    monkeypatch.setattr(vae_spool.tempfile, "TemporaryFile", lambda **kw: Full(opened(**kw)))
+    vae = random_vae(WAN_21)
+    latents, _ = draw(WAN_21, 1, 4, 2)
+    with pytest.raises(OutputError, match=f"{tmp_path}.*No space left.*TMPDIR"):
+        vae.decode(latents, work=VaeWork(1, band=2, order="bands"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_spool_gives_back_what_it_was_given(dtype: torch.dtype) -> None:
+    tensors = {i: torch.randn(1, 3, i + 1, 4, 5).to(dtype) for i in range(3)}
+    with Spool() as spool:
+        for name, x in tensors.items():
+            spool.put(name, x)
+        for name, x in reversed(tensors.items()):
+            assert torch.equal(spool.get(name), x)

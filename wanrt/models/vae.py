@@ -164,9 +164,7 @@ class WanVAE(nn.Module):
         x = unpatchify(x, self.spec.patch) if self.spec.patch > 1 else x
         return x.float().clamp_(-1, 1)
 
-    def _course(
-        self, side: nn.Module, state: CausalState, work: VaeWork, clip: Tensor
-    ) -> Course:
+    def _course(self, side: nn.Module, state: CausalState, work: VaeWork, clip: Tensor) -> Course:
         """The walks of a clip: of pixels for the encoder, of latents for the decoder."""
         bands: tuple[Band, ...] = ()
         if work.band is not None or work.order == "bands":

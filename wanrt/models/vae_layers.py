@@ -14,6 +14,9 @@ from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
 
+_SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
+
+
 class VaeOps(NamedTuple):
     """The arithmetic of a VAE, chosen when it is built; `kernels/reference.py` says what it is."""
 
@@ -191,7 +194,10 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head over the pixels of each frame."""
+    """Self-attention with one head over the pixels of each frame, so many queries at once.
+
+    Peak beside queries, keys and values: the scores of these, where no fused kernel takes them.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -208,7 +214,10 @@ class AttentionBlock(nn.Module):
         y = walk.ops.rms_norm_channels(x, self.norm.gamma)
         qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
         q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
+        size = max(1, _SCORES // (h * w))
+        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(size, 2)]
+        y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        y = y.unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
         return self._pointwise(y, self.proj, walk, residual=x)
 
     def _pointwise(
