@@ -196,7 +196,7 @@ def make_conditions(
     spec, size = components.spec, Size(request.height, request.width)
 
     def encode(video: Tensor) -> Tensor:
-        return components.vae().encode(video.to(components.device), chunk=1)
+        return components.vae().encode(video.to(components.device), chunk=1, still=True)
 
     if spec.dit.image_dim is not None:
         pictures = [inputs.image]

@@ -75,6 +75,30 @@ class VaeSpec:
 
 
 @dataclass(frozen=True)
+class VaeWork:
+    """How much of a clip a VAE codes at once: it bounds memory and changes no result.
+
+    chunk: latent frames (None: by their size). band: latent rows, in the layers that see only rows
+    nearby (None: all). order: which loop is the outer one. "time": frames come out chunk by chunk,
+    the caches of all bands are kept. "bands": one band's caches at a time; what is finished waits
+    in a temporary file. frames: how many frames at once pass the decoder's stages after the last
+    doubling of the frame rate (None: all of a chunk). host: caches wait in host memory.
+    """
+
+    chunk: int | None = None
+    band: int | None = None
+    order: Literal["time", "bands"] = "time"
+    frames: int | None = None
+    host: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "band", "frames"):
+            value = getattr(self, name)
+            assert value is None or value >= 1, f"{name}={value}"
+        assert self.order in ("time", "bands"), f"{self.order=}"
+
+
+@dataclass(frozen=True)
 class Umt5Spec:
     """Shape of a umT5 encoder. Source: Wan2.1 `wan/modules/t5.py`."""
 

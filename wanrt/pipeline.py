@@ -264,7 +264,7 @@ class Pipeline:
         chunks = vae.decode_chunks(latents.to(self.components.device), chunk=1)
         for done in range(total):
             with run.timed("decode"):
-                frames, _ = next(chunks)
+                frames = next(chunks)[0]  # to hold the state would keep two
                 pixels = to_uint8(frames[0], nearest=run.request.task == "t2i").cpu().numpy()
             report("decode", done + 1, total)
             yield pixels

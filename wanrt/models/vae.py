@@ -5,9 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from wanrt.config import VaeSpec
+from wanrt.config import VaeSpec, VaeWork
+from wanrt.errors import UsageError
+from wanrt.models.vae_bands import Course
+from wanrt.models.vae_coding import channels_last, decode_pieces, encode_pieces
 from wanrt.models.vae_layers import TORCH, CausalConv3d, CausalState, VaeOps, Walk
 from wanrt.models.vae_stages import Decoder, Encoder
+from wanrt.vae_shapes import Band, decoder_bands, encoder_bands
 
 # Latent statistics: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
 _MEAN_16 = (
@@ -68,66 +72,119 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(spec.z_dim, spec.z_dim, 1)
         self.decoder = Decoder(spec)
 
-    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
+    def encode(
+        self,
+        video: Tensor,
+        chunk: int | None = None,
+        *,
+        work: VaeWork | None = None,
+        still: bool = False,
+    ) -> Tensor:
         """Pixels -> normalised latents, fp32; `chunk` latent frames at a time (None: by size).
 
-        Frames beyond the last 4n+1 are ignored, as the reference does.
+        Frames beyond the last 4n+1 are ignored, as the reference does. `work` says more than
+        `chunk` and goes before it. `still`: look for chunks that repeat the one before, and do not
+        compute again what they repeat; worth it where most of a clip stands still.
         """
-        walk = Walk(self.encoder_state(), self.ops)
-        pieces = self._video_pieces(video, chunk, first=True)
-        last = len(pieces) - 1
-        parts = [self._encode(piece, walk, i == last) for i, piece in enumerate(pieces)]
-        return torch.cat(parts, dim=2)
+        work = work or VaeWork(chunk)
+        pieces = self._video_pieces(video, work.chunk, first=True)
+        course = self._course(self.encoder, self.encoder_state(), work, video)
+        return torch.cat(list(encode_pieces(self, pieces, course, work, still, ends=True)), dim=2)
 
     def encode_chunks(
-        self, video: Tensor, state: CausalState | None = None, chunk: int | None = 1
+        self,
+        video: Tensor,
+        state: CausalState | None = None,
+        chunk: int | None = 1,
+        *,
+        work: VaeWork | None = None,
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """Yield `(latents, state)` for every `chunk` latent frames; the mirror of decode_chunks.
 
         The first latent frame of a clip stands for one frame, every later one for four.
         """
-        walk = Walk(state or self.encoder_state(), self.ops)
-        for piece in self._video_pieces(video, chunk, walk.first):
-            yield self._encode(piece, walk), walk.state()
+        work = work or VaeWork(chunk)
+        course = self._course(self.encoder, state or self.encoder_state(), work, video)
+        pieces = self._video_pieces(video, work.chunk, course.first)
+        for latents in encode_pieces(self, pieces, course, work):
+            yield latents, course.state()
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """Normalised latents -> pixels in [-1, 1], fp32 `[B, 3, 4(T-1)+1, H, W]`."""
-        walk = Walk(self.decoder_state(), self.ops)
-        pieces = latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2)
-        last = len(pieces) - 1
-        parts = [self._decode(piece, walk, i == last) for i, piece in enumerate(pieces)]
-        return torch.cat(parts, dim=2)
+    def decode(
+        self, latents: Tensor, chunk: int | None = None, *, work: VaeWork | None = None
+    ) -> Tensor:
+        """Normalised latents -> pixels in [-1, 1], fp32 `[B, 3, 4(T-1)+1, H, W]`.
+
+        `work` says more than `chunk` and goes before it.
+        """
+        work = work or VaeWork(chunk)
+        course = self._course(self.decoder, self.decoder_state(), work, latents)
+        pieces = self._latent_pieces(latents, work.chunk)
+        return torch.cat(list(decode_pieces(self, pieces, course, work, ends=True)), dim=2)
 
     def decode_chunks(
-        self, latents: Tensor, state: CausalState | None = None, chunk: int | None = 1
+        self,
+        latents: Tensor,
+        state: CausalState | None = None,
+        chunk: int | None = 1,
+        *,
+        work: VaeWork | None = None,
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """Yield `(frames, state)` for every `chunk` latent frames (None: by their size).
 
         A yielded state may be kept; handed back with the latents that follow, decoding goes on as
         if it had never stopped. Memory grows with the chunk, not with the clip; a state that is
-        kept while decoding goes on adds its own size.
+        kept while decoding goes on adds its own size. `work` says more than `chunk` and goes before
+        it; a state goes on with bands of the same height. With bands as the outer loop there is no
+        state to go on from: no frame comes before all are decoded.
         """
-        walk = Walk(state or self.decoder_state(), self.ops)
-        for piece in latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2):
-            yield self._decode(piece, walk), walk.state()
+        work = work or VaeWork(chunk)
+        course = self._course(self.decoder, state or self.decoder_state(), work, latents)
+        for frames in decode_pieces(self, self._latent_pieces(latents, work.chunk), course, work):
+            yield frames, course.state()
 
-    def _encode(self, video: Tensor, walk: Walk, last: bool = False) -> Tensor:
-        walk.last = last
-        x = video.to(self.conv1.weight.dtype)
-        x = patchify(x, self.spec.patch) if self.spec.patch > 1 else x
-        moments = self.conv1(self.encoder(channels_last(x), walk), walk)
-        walk.first = False
-        mean, inv_std = latent_statistics(self.spec.z_dim, video.device)
+    def moments_to_latents(self, moments: Tensor, walk: Walk) -> Tensor:
+        """What the encoder gives -> normalised latents, fp32."""
+        moments = self.conv1(moments, walk)
+        mean, inv_std = latent_statistics(self.spec.z_dim, moments.device)
         return (moments[:, : self.spec.z_dim].float() - mean) * inv_std
 
-    def _decode(self, latents: Tensor, walk: Walk, last: bool = False) -> Tensor:
-        walk.last = last
+    def latents_to_decoder(self, latents: Tensor, walk: Walk) -> Tensor:
+        """Normalised latents -> what the decoder takes, `[B, z, T, h, w]` channels last."""
         mean, inv_std = latent_statistics(self.spec.z_dim, latents.device)
         z = (latents.float() / inv_std + mean).to(self.conv2.weight.dtype)
-        x = self.decoder(self.conv2(channels_last(z), walk), walk)
-        walk.first = False
+        return self.conv2(channels_last(z), walk)
+
+    def pixels_to_encoder(self, video: Tensor) -> Tensor:
+        """Pixels -> what the encoder takes, `[B, C, F, H, W]` channels last."""
+        x = video.to(self.conv1.weight.dtype)
+        return channels_last(patchify(x, self.spec.patch) if self.spec.patch > 1 else x)
+
+    def decoder_to_pixels(self, x: Tensor) -> Tensor:
+        """What the decoder gives -> pixels in [-1, 1], fp32 `[B, 3, F, H, W]`."""
         x = unpatchify(x, self.spec.patch) if self.spec.patch > 1 else x
         return x.float().clamp_(-1, 1)
+
+    def _course(self, side: nn.Module, state: CausalState, work: VaeWork, clip: Tensor) -> Course:
+        """The walks of a clip: of pixels for the encoder, of latents for the decoder."""
+        bands: tuple[Band, ...] = ()
+        if work.band is not None or work.order == "bands":
+            encoding = side is self.encoder
+            height = clip.shape[3] // (self.spec.spatial_stride if encoding else 1)
+            make = encoder_bands if encoding else decoder_bands
+            bands = make(self.spec, height, work.band)
+        if work.order == "bands" and not (state.first and all(s is None for s in state.slots)):
+            raise UsageError(
+                "order 'bands' codes a clip as a whole and goes on from no state; use 'time'"
+            )
+        if state.bands and len(state.bands) != len(bands):
+            raise UsageError(
+                f"the state is of {len(state.bands)} bands, the work of {len(bands)}; go on with"
+                " the same height of bands"
+            )
+        return Course(state, self.ops, work, bands)
+
+    def _latent_pieces(self, latents: Tensor, chunk: int | None) -> list[Tensor]:
+        return list(latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2))
 
     def _video_pieces(self, video: Tensor, chunk: int | None, first: bool) -> list[Tensor]:
         """The frames of every `chunk` latent frames."""
@@ -152,10 +209,6 @@ class WanVAE(nn.Module):
     def decoder_state(self) -> CausalState:
         """Nothing decoded yet."""
         return CausalState((None,) * self.decoder.num_slots)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def patchify(video: Tensor, p: int) -> Tensor:

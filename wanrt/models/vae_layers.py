@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanrt.config import VaeWork
 from wanrt.kernels import torch_conv
 from wanrt.models.layers import reusable
+from wanrt.vae_shapes import Rows
+
+
+_SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
 
 
 class VaeOps(NamedTuple):
@@ -34,29 +39,85 @@ class CausalState:
     """What a causal encoder or decoder remembers between chunks; nothing in it is changed in place.
 
     `slots[i]` holds the last frames that the i-th temporal convolution has seen: `[B, C, 2, H, W]`,
-    or one frame for the strided ones of the encoder; None before its first frame.
+    or one frame for the strided ones of the encoder; None before its first frame. Of a clip coded
+    in bands, `bands` holds the slots of each band's layers, and `slots` those of the others.
     """
 
     slots: tuple[Tensor | None, ...]
     first: bool = True  # no frame has been seen
+    bands: tuple[tuple[Tensor | None, ...], ...] = ()
+
+
+class Place(NamedTuple):
+    """How far a band has come: the stage it is in, the rows that it holds there."""
+
+    level: int
+    rows: Rows
 
 
 class Walk:
-    """The way of one clip through an encoder or decoder: holds the state while it changes."""
+    """The way of one clip through an encoder or decoder: holds the state while it changes.
 
-    def __init__(self, state: CausalState, ops: VaeOps = TORCH) -> None:
+    Frames are whole here: what a band does at its inner edges (`vae_bands.BandWalk`), these do not.
+    """
+
+    rows: Rows | None = None  # that the tensor now under way holds
+    place: Place | None = None  # where it is; set to go back there
+
+    def __init__(
+        self, state: CausalState, ops: VaeOps = TORCH, work: VaeWork | None = None
+    ) -> None:
         self.slots = list(state.slots)
         self.first = state.first
         self.ops = ops
+        self.work = work or VaeWork()
         self.last = False  # no chunk follows this one: nothing need be remembered
+        self.settled: set[int] | None = None  # slots that the last chunk left as they were
+
+    def history(self, slot: int, device: torch.device) -> Tensor | None:
+        """What the slot remembers, on the device of the frames that follow."""
+        frames = self.slots[slot]
+        return frames if frames is None else frames.to(device)
 
     def keep(self, slot: int, frames: Tensor) -> None:
         """Remember frames in place of the older ones."""
-        self.slots[slot] = None if self.last else frames
+        if self.settled is not None:
+            self._compare(slot, frames)
+        kept = frames.cpu() if self.work.host else frames
+        self.slots[slot] = None if self.last else kept
+
+    def _compare(self, slot: int, frames: Tensor) -> None:
+        old = self.history(slot, frames.device)
+        same = old is not None and torch.equal(old, frames)
+        (self.settled.add if same else self.settled.discard)(slot)
 
     def state(self) -> CausalState:
         """The past so far. The walk replaces its tensors but never changes them."""
         return CausalState(tuple(self.slots), self.first)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the local layers take of x."""
+        return x
+
+    def trim(self, y: Tensor) -> Tensor:
+        """The result of a 3x3 convolution, less the rows that zeros at an inner edge have met."""
+        return y
+
+    def beside(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """Of x, which holds `rows`, those that are now under way (perhaps at half the height)."""
+        return x
+
+    def doubled(self, y: Tensor) -> Tensor:
+        """The result of an upsampling, as the next stage wants it."""
+        return y
+
+    def halving(self, x: Tensor) -> Tensor:
+        """What a downsampling takes of x; after it `rows` are those of its result."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The result of the local layers."""
+        return y
 
 
 class CausalConv3d(nn.Conv3d):
@@ -81,13 +142,13 @@ class CausalConv3d(nn.Conv3d):
         ops = walk.ops if walk else TORCH
         if self.slot < 0:
             return ops.causal_conv3d(x, self.weight, self.bias, None)[0]
-        if walk.slots[self.slot] is not None:
-            history = walk.slots[self.slot]
+        past = walk.history(self.slot, x.device)
+        history = history if past is None else past
         y, kept = ops.causal_conv3d(
             x, self.weight, self.bias, history, gamma, residual, self.stride[0], out
         )
         walk.keep(self.slot, kept)
-        return y
+        return walk.trim(y) if self.kernel_size[1] > 1 else y
 
 
 def number_slots(module: nn.Module) -> int:
@@ -124,14 +185,19 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        rows = walk.rows
         y = conv1(x, walk, gamma=norm1.gamma)
+        x = walk.beside(x, rows)
         if isinstance(self.shortcut, CausalConv3d):
             x = self.shortcut(x, walk)
         return conv2(y, walk, gamma=norm2.gamma, residual=x, out=reusable(y))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head over the pixels of each frame."""
+    """Self-attention with one head over the pixels of each frame, so many queries at once.
+
+    Peak beside queries, keys and values: the scores of these, where no fused kernel takes them.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -148,7 +214,10 @@ class AttentionBlock(nn.Module):
         y = walk.ops.rms_norm_channels(x, self.norm.gamma)
         qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
         q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
+        size = max(1, _SCORES // (h * w))
+        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(size, 2)]
+        y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        y = y.unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
         return self._pointwise(y, self.proj, walk, residual=x)
 
     def _pointwise(
@@ -180,8 +249,8 @@ class Resample(nn.Module):
         conv = self.resample[1]
         if self.mode.startswith("up"):
             x = self._double(x, walk) if self.mode == "upsample3d" else x
-            return walk.ops.upsample_conv2d(x, conv.weight, conv.bias)
-        x = walk.ops.downsample_conv2d(x, conv.weight, conv.bias)
+            return walk.doubled(walk.ops.upsample_conv2d(x, conv.weight, conv.bias))
+        x = walk.ops.downsample_conv2d(walk.halving(x), conv.weight, conv.bias)
         return self._halve(x, walk) if self.mode == "downsample3d" else x
 
     def _double(self, x: Tensor, walk: Walk) -> Tensor:

@@ -1,5 +1,8 @@
 """The stages of both Wan VAEs, assembled into encoder and decoder."""
 
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +16,7 @@ from wanrt.models.vae_layers import (
     Walk,
     number_slots,
 )
+from wanrt.vae_shapes import Stage, decoder_stages, encoder_stages
 
 
 class Encoder(nn.Module):
@@ -20,28 +24,29 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        dims = [spec.base_dim * m for m in (1, *spec.dim_mult)]
-        self.conv1 = CausalConv3d(3 * spec.patch**2, dims[0], 3)
-        stages: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
-            last = i == len(spec.dim_mult) - 1
-            mode = None if last else f"downsample{3 if spec.temporal_downsample[i] else 2}d"
-            if spec.residual:
-                stages.append(DownStage(in_dim, out_dim, spec.num_res_blocks, mode))
-                continue
-            widths = [in_dim] + [out_dim] * spec.num_res_blocks
-            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-            stages += [Resample(out_dim, out_dim, mode)] if mode else []
-        self.downsamples = nn.ModuleList(stages)
-        self.middle = _middle(dims[-1])
-        self.head = _head(dims[-1], spec.z_dim * 2)
+        stages = encoder_stages(spec)
+        dim = stages[-1].out
+        self.conv1 = CausalConv3d(3 * spec.patch**2, stages[0].widths[0], 3)
+        build = DownStage if spec.residual else _layers
+        self.downsamples = _flat(build(stage) for stage in stages)
+        self.middle = _middle(dim)
+        self.head = Head(dim, spec.z_dim * 2)
         self.num_slots = number_slots(self)
 
+    @property
+    def local_layers(self) -> list[nn.Module]:
+        """Each output row sees a few input rows."""
+        return [self.conv1, *self.downsamples]
+
+    @property
+    def whole_layers(self) -> list[nn.Module]:
+        """The rest: attention sees the whole frame."""
+        return [*self.middle, self.head]
+
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        x = self.conv1(x, walk)
-        for layer in (*self.downsamples, *self.middle):
+        for layer in (*self.local_layers, *self.whole_layers):
             x = layer(x, walk)
-        return self.head[2](x, walk, gamma=self.head[0].gamma)
+        return x
 
 
 class Decoder(nn.Module):
@@ -49,83 +54,112 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        mult = (spec.dim_mult[-1], *reversed(spec.dim_mult))
-        dims = [spec.decoder_base_dim * m for m in mult]
-        self.conv1 = CausalConv3d(spec.z_dim, dims[0], 3)
-        self.middle = _middle(dims[0])
-        stages: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
-            last = i == len(spec.dim_mult) - 1
-            mode = None if last else f"upsample{3 if spec.temporal_downsample[-1 - i] else 2}d"
-            if spec.residual:
-                stages.append(UpStage(in_dim, out_dim, spec.num_res_blocks + 1, mode))
-                continue
-            widths = [in_dim // 2 if i else in_dim] + [out_dim] * (spec.num_res_blocks + 1)
-            stages += [ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-            stages += [Resample(out_dim, out_dim // 2, mode)] if mode else []
-        self.upsamples = nn.ModuleList(stages)
-        self.head = _head(dims[-1], 3 * spec.patch**2)
+        stages = decoder_stages(spec)
+        self.conv1 = CausalConv3d(spec.z_dim, stages[0].widths[0], 3)
+        self.middle = _middle(stages[0].widths[0])
+        build = UpStage if spec.residual else _layers
+        self.upsamples = _flat(build(stage) for stage in stages)
+        self.head = Head(stages[-1].out, 3 * spec.patch**2)
         self.num_slots = number_slots(self)
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        x = self.conv1(x, walk)
-        for layer in (*self.middle, *self.upsamples):
+        return self.local(self.whole(x, walk), walk)
+
+    def whole(self, x: Tensor, walk: Walk) -> Tensor:
+        """The layers up to the mid-block, whose attention sees the whole frame."""
+        for layer in (self.conv1, *self.middle):
             x = layer(x, walk)
-        return self.head[2](x, walk, gamma=self.head[0].gamma)
+        return x
+
+    def local(self, x: Tensor, walk: Walk) -> Tensor:
+        """The layers after it: each output row sees a few input rows."""
+        x = walk.enter(x)
+        layers = [*self.upsamples, self.head]
+        doubling = [i for i, layer in enumerate(layers) if _changes_time(layer)]
+        free = doubling[-1] + 1 if doubling else 0
+        for layer in layers[:free]:
+            x = layer(x, walk)
+        size = walk.work.frames or x.shape[2]
+        return _in_pieces(layers[free:], x, walk, size)
+
+
+def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Tensor:
+    """x through layers that keep the frame rate, `size` frames at once."""
+    place, last = walk.place, walk.last
+    parts, results = x.split(size, 2), []
+    for i, y in enumerate(parts):
+        walk.place, walk.last = place, last and i == len(parts) - 1
+        for layer in layers:
+            y = layer(y, walk)
+        results.append(walk.leave(y))
+    return torch.cat(results, 2) if len(results) > 1 else results[0]
+
+
+def _changes_time(layer: nn.Module) -> bool:
+    return any(isinstance(m, Resample) and m.mode.endswith("3d") for m in layer.modules())
+
+
+def _layers(stage: Stage) -> nn.ModuleList:
+    layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in stage.blocks]
+    if stage.mode:
+        layers.append(Resample(stage.widths[-1], stage.out, stage.mode))
+    return nn.ModuleList(layers)
+
+
+def _flat(stages: Iterable[nn.Module]) -> nn.ModuleList:
+    """Wan 2.1 numbers the layers of all stages through; 2.2 keeps its stages."""
+    parts = [list(s) if isinstance(s, nn.ModuleList) else [s] for s in stages]
+    return nn.ModuleList([layer for part in parts for layer in part])
 
 
 def _middle(dim: int) -> nn.ModuleList:
     return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
 
 
-def _head(dim: int, out_dim: int) -> nn.ModuleList:
-    return nn.ModuleList([RmsNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, out_dim, 3)])
+class Head(nn.ModuleList):
+    """Norm, SiLU and the last 3x3x3 convolution."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__([RmsNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, out_dim, 3)])
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        return self[2](x, walk, gamma=self[0].gamma)
 
 
 class DownStage(nn.Module):
     """A residual stage of the Wan 2.2 encoder."""
 
-    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
-        dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
-        ]
-        self.downsamples = nn.ModuleList(
-            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
-        )
-        self.out_dim = out_dim
-        self.factors = (2 if mode == "downsample3d" else 1, 2 if mode else 1)
+        self.downsamples = _layers(stage)
+        self.out_dim = stage.out
+        self.factors = (2 if stage.mode == "downsample3d" else 1, 2 if stage.mode else 1)
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        y = x
+        y, rows = x, walk.rows
         for layer in self.downsamples:
             y = layer(y, walk)
-        return y.add_(average_down(x, self.out_dim, *self.factors))
+        shortcut = average_down(walk.beside(x, rows), self.out_dim, *self.factors)
+        return y.add_(shortcut)
 
 
 class UpStage(nn.Module):
     """A residual stage of the Wan 2.2 decoder."""
 
-    def __init__(self, in_dim: int, out_dim: int, num_res: int, mode: str | None) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
-        dims = [in_dim] + [out_dim] * num_res
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(dims, dims[1:], strict=False)
-        ]
-        self.upsamples = nn.ModuleList(
-            layers + ([Resample(out_dim, out_dim, mode)] if mode else [])
-        )
-        self.out_dim = out_dim
-        self.factors = (2 if mode == "upsample3d" else 1, 2) if mode else None
+        self.upsamples = _layers(stage)
+        self.out_dim = stage.out
+        self.factors = (2 if stage.mode == "upsample3d" else 1, 2) if stage.mode else None
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        y = x
+        y, rows = x, walk.rows
         for layer in self.upsamples:
             y = layer(y, walk)
         if self.factors is None:
             return y
-        return y.add_(duplicate_up(x, self.out_dim, *self.factors, first=walk.first))
+        shortcut = duplicate_up(x, self.out_dim, *self.factors, first=walk.first)
+        return y.add_(walk.beside(shortcut, rows and rows.doubled()))
 
 
 def average_down(x: Tensor, out_dim: int, ft: int, fs: int) -> Tensor:
