@@ -20,6 +20,7 @@ from wanrt.memory.dit_bytes import (
 )
 from wanrt.memory.measure import LiveBytes
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
+from wanrt.memory.vae_costs import vae_weights
 from wanrt.models.dit import CrossKV, TextCache, TimeEmbedding, WanDiT
 from wanrt.models.layers import Ops
 from wanrt.weights.load import skeleton
@@ -51,6 +52,7 @@ def test_weights_are_counted_to_the_byte(model: str, precision: str) -> None:
     umt5 = skeleton("umt5", spec.umt5)
     table = umt5.token_embedding.weight.numel() * dtype.itemsize
     assert num_bytes(umt5, dtype) - table == umt5_weights(spec.umt5, dtype.itemsize).total
+    assert num_bytes(skeleton("vae", spec.vae), torch.float32) == 4 * vae_weights(spec.vae)
     if spec.clip:
         clip = skeleton("clip", spec.clip)
         assert num_bytes(clip, dtype) == clip_weights(spec.clip, dtype.itemsize).total

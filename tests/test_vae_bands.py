@@ -1,6 +1,5 @@
 """The VAEs in bands, in both orders of the loops, against whole frames: equal to the bit."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from wanrt.errors import OutputError, UsageError
 from wanrt.kernels import reference
 from wanrt.models import vae_spool
 from wanrt.models.vae import WanVAE
-from wanrt.models.vae_bands import BandWalk
 from wanrt.models.vae_layers import TORCH, CausalState, VaeOps
 from wanrt.models.vae_spool import Spool
 from wanrt.vae_shapes import decoder_bands, encoder_bands

@@ -11,6 +11,8 @@ from torch import nn
 from wanrt.config import MODELS, Defaults, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
+from wanrt.memory.placement import Placement
+from wanrt.memory.plan import Plan
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, read_spiece
@@ -27,8 +29,9 @@ _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between r
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Weight dtype of each part; the VAE runs in fp32, as the reference does."""
+    """Weight dtype of each part. On a CPU the VAE is fp32, as it is in the reference."""
 
+    name: str  # fp32, bf16, fp16
     dit: torch.dtype
     umt5: torch.dtype
     clip: torch.dtype
@@ -43,7 +46,9 @@ def choose_dtypes(precision: Precision, num_params: int, device: torch.device) -
         raise UsageError(f"precision {precision!r} does not exist; choose auto, fp32, bf16 or fp16")
     dtype = _DTYPES[precision]
     text = torch.bfloat16 if dtype == torch.float16 else dtype  # umT5 overflows in fp16
-    return Dtypes(dtype, text, dtype if device.type == "cuda" else torch.float32)
+    if device.type != "cuda":
+        return Dtypes(precision, dtype, text, torch.float32)
+    return Dtypes(precision, dtype, text, dtype, dtype)
 
 
 def choose_device(name: str) -> torch.device:
@@ -77,7 +82,16 @@ class Components:
     check: bool
     keep: bool
     report: Report
+    plan: Plan | None = None  # of the request under way; None: everything stays on the device
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
+    _placed: dict[str, Placement | None] = field(default_factory=dict)
+
+    def follow(self, plan: Plan) -> None:
+        """Parts loaded from now on lie where the plan says; those that lie otherwise go."""
+        self.plan, self.keep = plan, plan.keep
+        for name in list(self._loaded):
+            if self._placed[name] != self._placement(name):
+                self._drop(name)
 
     def dit(self, expert: Expert = "high") -> nn.Module:
         """The transformer; of two experts the one asked for, and only that one in memory."""
@@ -121,17 +135,27 @@ class Components:
 
     def release(self, *names: str) -> None:
         """Free parts that the coming phases do not need; does nothing where all parts fit."""
-        if self.keep or not any(name in self._loaded for name in names):
-            return
+        if not self.keep and any(name in self._loaded for name in names):
+            self._drop(*names)
+
+    def _drop(self, *names: str) -> None:
         for name in names:
             self._loaded.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _placement(self, name: str) -> Placement | None:
+        """Where the plan puts a part's blocks; None where they simply stay on the device."""
+        phase = {"dit": "step", "low_noise": "step", "umt5": "text", "clip": "image"}.get(name)
+        if self.plan is None or phase not in self.plan.options:
+            return None
+        return self.plan.placement(phase)
+
     def _get(self, name: str, kind: Kind, dtype: torch.dtype) -> nn.Module:
         if name not in self._loaded:
             self.parts.require(kind)
+            self._placed[name] = self._placement(name)
             self._loaded[name] = load_component(
                 getattr(self.parts, name),
                 kind,
@@ -139,6 +163,7 @@ class Components:
                 device=self.device,
                 check=self.check,
                 progress=lambda done, total: self.report(f"load {name}", done, total),
+                placement=self._placed[name],
             )
         return self._loaded[name]
 

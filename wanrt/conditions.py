@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.components import Components
-from wanrt.config import GenerateConfig, WanSpec
+from wanrt.config import GenerateConfig, VaeWork, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
 from wanrt.models.clip import preprocess
@@ -196,7 +196,9 @@ def make_conditions(
     spec, size = components.spec, Size(request.height, request.width)
 
     def encode(video: Tensor) -> Tensor:
-        return components.vae().encode(video.to(components.device), chunk=1, still=True)
+        plan = components.plan
+        work = VaeWork(chunk=1) if plan is None else plan.work("encode")
+        return components.vae().encode(video.to(components.device), work=work, still=True)
 
     if spec.dit.image_dim is not None:
         pictures = [inputs.image]

@@ -10,16 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanrt import sampler
 from wanrt.components import Components, Report, choose_device, open_parts
-from wanrt.conditions import Conditions, Text, make_conditions, noise_shape, prepare_inputs
+from wanrt.conditions import (
+    Conditions,
+    StepInputs,
+    Text,
+    make_conditions,
+    noise_shape,
+    prepare_inputs,
+)
 from wanrt.config import GenerateConfig, Precision
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.media.image import to_uint8
 from wanrt.media.result import Video
+from wanrt.memory.plan import Plan
+from wanrt.planning import UNLIMITED, Budgets, plan_request
 from wanrt.request import Request, check_embeds, resolve
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
@@ -48,6 +57,7 @@ class Run:
 
     request: Request
     conditions: Conditions
+    plan: Plan | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -60,8 +70,8 @@ class Run:
 class Pipeline:
     """A Wan model and everything around it. Parts are loaded when first needed."""
 
-    def __init__(self, components: Components) -> None:
-        self.components = components
+    def __init__(self, components: Components, budgets: Budgets = UNLIMITED) -> None:
+        self.components, self.budgets = components, budgets
         self.spec = components.spec
         self._embeds: dict[str, Tensor] = {}  # prompt -> [n, text_dim], for the next request
 
@@ -76,19 +86,25 @@ class Pipeline:
         low_noise: str | Path | None = None,
         precision: Precision = "auto",
         device: str = "auto",
+        vram: str | int | None = None,
+        ram: str | int | None = None,
         offline: bool = False,
         check: bool = True,
         report: Report = lambda phase, done, total: None,
     ) -> "Pipeline":
         """Open a model: an id, a directory, a file, a repository id or a ComfyUI `models/` folder.
 
+        vram, ram: budgets in GiB, as "8G": of the device, and of host memory for weights that wait
+        there. Without vram a CUDA card's free memory is the budget, and a CPU has none.
         Reads headers only; `check` looks for NaN and infinity when a part is loaded. `report` is
         called as (phase, done, total) while parts load and frames decode.
         """
+        budgets = Budgets.parse(vram, ram)
         path = resolve_model(model, offline=offline)
         parts = find_parts(path, text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise)
         name = f"{model} {path}"
-        return cls(open_parts(parts, name, precision, choose_device(device), check, report))
+        components = open_parts(parts, name, precision, choose_device(device), check, report)
+        return cls(components, budgets)
 
     def generate(
         self,
@@ -140,13 +156,16 @@ class Pipeline:
         embeds = (prompt_embeds, negative_embeds)
         request = self.check(config, embeds, decode=decode)
         request, inputs = prepare_inputs(config, request, self.spec)
+        plan = self.plan(request, embeds)
+        if plan is not None:
+            self.components.follow(plan)
         begin = time.perf_counter()
         self.encode_prompts(_without(embeds, request.prompts))
         encoded = time.perf_counter()
         text = self._text(prompt_embeds, request.prompt)
         negative = self._text(negative_embeds, request.negative) if request.guided else None
         conditions = make_conditions(request, inputs, text, negative, self.components)
-        run = Run(request, conditions)
+        run = Run(request, conditions, plan)
         run.timings["text"] = encoded - begin
         run.timings["conditions"] = time.perf_counter() - encoded
         return run
@@ -172,6 +191,21 @@ class Pipeline:
         self.components.require(request.task, text=text, decode=decode)
         return request
 
+    def plan(
+        self, request: Request, embeds: tuple[Tensor | None, ...] = (None, None)
+    ) -> Plan | None:
+        """Where everything of this request will lie; None on a CPU without a budget.
+
+        Raises BudgetError. Reads the tokenizer, no weights.
+        """
+        if self.components.device.type == "cpu" and self.budgets.vram is None:
+            return None
+        lengths = [len(rows.reshape(-1, rows.shape[-1])) for rows in embeds if rows is not None]
+        if texts := _without(embeds, request.prompts):
+            tokens = self.components.tokenizer()(texts, self.spec.dit.text_len)
+            lengths.append(int(tokens.mask.sum(1).max()))
+        return plan_request(self.components, request, max(lengths), self.budgets)
+
     @torch.inference_mode()
     def encode_prompts(self, prompts: list[str]) -> None:
         """Text features of every prompt not seen yet; afterwards the text encoder is let go."""
@@ -180,7 +214,7 @@ class Pipeline:
             return
         self._forget(set(prompts), len(new))
         parts = self.components
-        tokenizer, umt5 = parts.tokenizer(), parts.umt5()
+        tokenizer, umt5, pairs = parts.tokenizer(), parts.umt5(), []
         for prompt in new:
             tokens = tokenizer([prompt], self.spec.dit.text_len)
             for cut in tokens.truncated:
@@ -189,7 +223,8 @@ class Pipeline:
                     cut.num_tokens,
                     self.spec.dit.text_len,
                 )
-            features = umt5(tokens.ids.to(parts.device), tokens.mask.to(parts.device))
+            pairs.append((tokens.ids.to(parts.device), tokens.mask.to(parts.device)))
+        for prompt, features in zip(new, umt5.forward_each(pairs), strict=True):
             self._embeds[prompt] = features[0].float()
         del umt5  # or the release would free nothing
         parts.release("umt5")
@@ -223,9 +258,8 @@ class Pipeline:
                     text, no_text = conditions.prepare(dit)
             with run.timed("denoise"):
                 guidance = guidance_for(expert, request.guidance, request.guidance_low)
-                inputs = conditions.step_inputs(t)
-                cond = dit(x, inputs.t, text, **inputs.extra)
-                uncond = dit(x, inputs.t, no_text, **inputs.extra) if guidance != 1.0 else None
+                texts = [text] if guidance == 1.0 else [text, no_text]
+                cond, uncond = self._velocities(run, dit, x, conditions.step_inputs(t), texts)
                 x = conditions.impose(solver.step(guide(cond, uncond, guidance), x))
             if not torch.isfinite(x).all():
                 raise NumericsError(
@@ -236,6 +270,16 @@ class Pipeline:
         del dit
         self.components.release("dit", "low_noise")
         return x[:, :, conditions.num_refs :]
+
+    def _velocities(
+        self, run: Run, dit: nn.Module, x: Tensor, inputs: StepInputs, texts: list[Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """With the prompt, and without it where there are two texts: in turn or block by block."""
+        if run.plan is not None and run.plan.guidance == "interleaved":
+            velocities = dit.forward_each(x, inputs.t, texts, **inputs.extra)
+        else:
+            velocities = [dit(x, inputs.t, text, **inputs.extra) for text in texts]
+        return velocities[0], velocities[1] if len(velocities) > 1 else None
 
     def _schedule(self, request: Request) -> sampler.Schedule:
         if request.distilled:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -228,12 +229,12 @@ def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
 
     PyTorch's own pinned memory comes in powers of two, which can be twice what was asked for.
     """
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    memory = np.empty(num_bytes, np.uint8)
     if device.type == "cuda":
-        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+        runtime, address = torch.cuda.cudart(), memory.ctypes.data
         torch.cuda.check_error(runtime.cudaHostRegister(address, num_bytes, 0))
-        weakref.finalize(buffer, runtime.cudaHostUnregister, address)
-    return buffer
+        weakref.finalize(memory, runtime.cudaHostUnregister, address)
+    return torch.from_numpy(memory)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

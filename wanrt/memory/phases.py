@@ -30,8 +30,11 @@ from wanrt.memory.text_bytes import (
     umt5_activations,
     umt5_weights,
 )
+from wanrt.memory.vae_bytes import VaeBytes, decode_bytes, encode_bytes
+from wanrt.memory.vae_costs import decode_operations, vae_weights
 
-_LONGEST_CHUNK = 2  # latent frames that a VAE works on together
+_LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
+HALO = 13  # latent rows that a band computes beyond its own at an inner edge
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,59 @@ def _quantised_extra(spec: WanSpec, tokens: Tokens) -> int:
     return 4 * tokens.length * spec.dit.dim
 
 
-def decode_options(spec: WanSpec, ask: Ask, element: int) -> Iterator[Option]:
-    """Latents to frames, in whole frames or in bands of ever fewer rows."""
-    yield from _vae_options("decode", spec, ask, element)
+def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+    """Pictures or a video to latents, whole frames first, then bands of ever fewer rows."""
+    element = machine.vae_bytes(form)
+    weights = vae_weights(spec.vae) * element
+    pixels = 3 * ask.num_frames * ask.width * ask.height * 4  # the video that is coded
+    for work in _works(spec, ask):
+        need = encode_bytes(spec.vae, ask.height, ask.width, element, work, machine.backend)
+        yield _vae_option("encode", spec, ask, work, weights, need, pixels, machine)
 
 
-def encode_options(spec: WanSpec, ask: Ask, element: int) -> Iterator[Option]:
-    """Pictures or a video to latents, likewise."""
-    yield from _vae_options("encode", spec, ask, element)
+def decode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+    """Latents to frames, likewise."""
+    element = machine.vae_bytes(form)
+    weights = vae_weights(spec.vae) * element
+    stride = spec.vae.spatial_stride
+    frames = (ask.num_frames - 1) // spec.vae.temporal_stride + 1
+    latents = 4 * spec.vae.z_dim * frames * (ask.height // stride) * (ask.width // stride)
+    for work in _works(spec, ask):
+        need = decode_bytes(spec.vae, ask.height, ask.width, element, work, machine.backend)
+        yield _vae_option("decode", spec, ask, work, weights, need, latents, machine)
+
+
+def _works(spec: WanSpec, ask: Ask) -> Iterator[VaeWork]:
+    """From the least repeated work to the least memory."""
+    rows = ask.height // spec.vae.spatial_stride
+    yield VaeWork(chunk=1)
+    yield VaeWork(chunk=1, frames=1)
+    for parts in (2, 3, 4, 6, 8):
+        if rows // parts >= _LEAST_BAND:
+            band = -(-rows // parts)
+            yield VaeWork(chunk=1, band=band, frames=1)
+            yield VaeWork(chunk=1, band=band, frames=1, order="bands")
+
+
+def _vae_option(
+    name: str,
+    spec: WanSpec,
+    ask: Ask,
+    work: VaeWork,
+    weights: int,
+    need: VaeBytes,
+    given: int,
+    machine: Machine,
+) -> Option:
+    """`given`: bytes of what is coded, which waits on the device."""
+    rows = ask.height // spec.vae.spatial_stride
+    halo = 2 * HALO / work.band if work.band else 0.0
+    base = decode_operations(spec.vae, ask.num_frames, ask.height, ask.width) / machine.flops
+    phase = Phase(
+        name,
+        weights=weights,
+        activations=need.activations + given,
+        caches=need.caches,
+        seconds=base * (1 + min(halo, rows)) * (1.02 if work.frames else 1.0),
+    )
+    return Option(phase, work=work)

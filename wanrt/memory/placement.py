@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanrt.memory.budget import FIXED
+from wanrt.memory.dit_bytes import Format
 
 Guidance = Literal["none", "sequential", "interleaved"]
 SLOTS = 2  # of a ring: one block computes while the next one comes
@@ -23,10 +24,22 @@ class Machine:
     device: Literal["cuda", "cpu"] = "cuda"
     fused: bool = True  # norms and rotation are single kernels
 
+    def vae_bytes(self, form: Format) -> int:
+        """Of a number in the VAE, which runs in fp32 on a CPU, as the reference does everywhere."""
+        return form.other if self.device == "cuda" else 4
+
+    @property
+    def backend(self) -> Literal["triton", "torch"]:
+        """Whose kernels the VAE runs."""
+        return "triton" if self.fused else "torch"
+
     @property
     def fixed(self) -> int:
         """What the process holds on the device before it holds a tensor, bytes."""
         return FIXED if self.device == "cuda" else 0
+
+
+TYPICAL = Machine()
 
 
 @dataclass(frozen=True)

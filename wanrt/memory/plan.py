@@ -19,7 +19,7 @@ from wanrt.memory.phases import (
     encode_options,
     text_options,
 )
-from wanrt.memory.placement import Ask, Guidance, Machine, Phase, Placement
+from wanrt.memory.placement import TYPICAL, Ask, Guidance, Machine, Phase, Placement
 
 HOST_FIXED = 2 * GIB  # interpreter, libraries, frames on their way to the file
 _STEP = 16 << 20  # to which a budget that would do is rounded up
@@ -73,7 +73,7 @@ def make_plan(
     precision: str = "bf16",
     budget: int | None = None,
     ram: int | None = None,
-    machine: Machine = Machine(),
+    machine: Machine = TYPICAL,
 ) -> Plan:
     """The fastest plan within `budget` bytes on the device and `ram` bytes of host memory.
 

@@ -13,7 +13,6 @@ from wanrt.kernels import torch_conv
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
-
 _SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
 
 

@@ -1,0 +1,67 @@
+"""From a request and a machine to its plan: what `--vram` and `--ram` mean."""
+
+from dataclasses import dataclass
+
+import torch
+
+from wanrt.components import Components, memory_bytes
+from wanrt.memory.budget import enforce, free_bytes, parse_bytes
+from wanrt.memory.placement import Ask, Machine
+from wanrt.memory.plan import Plan, make_plan
+from wanrt.request import Request
+
+_HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
+_CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the user allows, bytes; None is what the machine has."""
+
+    vram: int | None = None
+    ram: int | None = None
+
+    @classmethod
+    def parse(cls, vram: str | int | None, ram: str | int | None) -> "Budgets":
+        """From `8G` and `32G`. Raises UsageError."""
+        return cls(parse_bytes(vram, "--vram"), parse_bytes(ram, "--ram"))
+
+
+UNLIMITED = Budgets()
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What is known of the machine without measuring it."""
+    return _CPU if device.type == "cpu" else Machine()
+
+
+def plan_request(
+    components: Components, request: Request, text_rows: int, budgets: Budgets
+) -> Plan | None:
+    """The plan that this request will follow; None on a CPU without a budget, where all is loaded.
+
+    text_rows: tokens of the longer prompt. On CUDA the process is held to the budget from here on.
+    Raises BudgetError.
+    """
+    device = components.device
+    if device.type == "cpu" and budgets.vram is None:
+        return None
+    vram = free_bytes(device) if budgets.vram is None else budgets.vram
+    ram = budgets.ram or int(_HOST_SHARE * memory_bytes(torch.device("cpu")))
+    ask = ask_of(request, text_rows)
+    plan = make_plan(components.spec, ask, components.dtypes.name, vram, ram, machine_of(device))
+    if device.type == "cuda":
+        enforce(vram, device)
+    return plan
+
+
+def ask_of(request: Request, text_rows: int) -> Ask:
+    """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
+    return Ask(
+        request.width,
+        request.height,
+        request.num_frames,
+        guided=request.guided,
+        image=request.task in ("i2v", "flf2v", "vace"),
+        text_rows=text_rows + 1,
+    )
