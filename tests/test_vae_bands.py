@@ -1,6 +1,5 @@
 """The VAEs in bands, in both orders of the loops, against whole frames: equal to the bit."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from wanrt.errors import OutputError, UsageError
 from wanrt.kernels import reference
 from wanrt.models import vae_spool
 from wanrt.models.vae import WanVAE
-from wanrt.models.vae_bands import BandWalk
 from wanrt.models.vae_layers import TORCH, CausalState, VaeOps
 from wanrt.models.vae_spool import Spool
 from wanrt.vae_shapes import decoder_bands, encoder_bands
@@ -73,7 +71,7 @@ class Rows:
 
 
 def windows(x: Tensor, taps: int) -> Tensor:
-    """`[B, C, T, H, W]` -> `[B * H, C, T, taps, W]`: each row among its neighbours, zeros beyond."""
+    """`[B, C, T, H, W]` -> `[B * H, C, T, taps, W]`: each row amid its neighbours."""
     half = taps // 2
     rows = F.pad(x, (0, 0, half, half)).unfold(3, taps, 1)  # [B, C, T, H, W, taps]
     return rows.permute(0, 3, 1, 2, 5, 4).flatten(0, 1)

@@ -13,7 +13,6 @@ from wanrt.kernels import torch_conv
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
-
 _SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
 
 
@@ -104,7 +103,7 @@ class Walk:
         return y
 
     def beside(self, x: Tensor, rows: Rows | None) -> Tensor:
-        """Of x, which holds `rows`, those that are now under way (perhaps at half the height)."""
+        """Of x, which holds `rows`, those now under way; x may be twice or half as high."""
         return x
 
     def doubled(self, y: Tensor) -> Tensor:
