@@ -71,7 +71,7 @@ class Rows:
 
 
 def windows(x: Tensor, taps: int) -> Tensor:
-    """`[B, C, T, H, W]` -> `[B * H, C, T, taps, W]`: each row among its neighbours, zeros beyond."""
+    """`[B, C, T, H, W]` -> `[B * H, C, T, taps, W]`: each row amid its neighbours."""
     half = taps // 2
     rows = F.pad(x, (0, 0, half, half)).unfold(3, taps, 1)  # [B, C, T, H, W, taps]
     return rows.permute(0, 3, 1, 2, 5, 4).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Clips that stand still, as those that condition on a picture: less is computed, no bit differs."""
+"""Clips that stand still, as those that condition on a picture: less work, the same bits."""
 
 from collections import Counter
 

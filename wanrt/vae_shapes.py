@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from wanrt.config import VaeSpec
 
+# Fewer, longer chunks save the work done once per chunk, until activations outgrow the caches.
+_CHUNK_BYTES = 64 << 20  # of fp32 activations at full resolution
+
 
 class Stage(NamedTuple):
     """Residual blocks from width to width, then perhaps a resampling to `out` channels."""
@@ -53,8 +56,15 @@ def decoder_stages(spec: VaeSpec) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def default_chunk(spec: VaeSpec, h: int, w: int) -> int:
+    """Latent frames `[z, h, w]` to code at once: as many as keep an activation small."""
+    pixels = h * w * (spec.spatial_stride // spec.patch) ** 2
+    per_frame = spec.temporal_stride * pixels * spec.decoder_base_dim * 4
+    return max(1, _CHUNK_BYTES // per_frame)
+
+
 class Rows(NamedTuple):
-    """Rows `[start, stop)` of a frame of `height` rows. An edge inside the frame is an inner one."""
+    """Rows `[start, stop)` of a frame of `height` rows; inner is an edge inside the frame."""
 
     start: int
     stop: int

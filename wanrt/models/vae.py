@@ -11,7 +11,7 @@ from wanrt.models.vae_bands import Course
 from wanrt.models.vae_coding import channels_last, decode_pieces, encode_pieces
 from wanrt.models.vae_layers import TORCH, CausalConv3d, CausalState, VaeOps, Walk
 from wanrt.models.vae_stages import Decoder, Encoder
-from wanrt.vae_shapes import Band, decoder_bands, encoder_bands
+from wanrt.vae_shapes import Band, decoder_bands, default_chunk, encoder_bands
 
 # Latent statistics: Wan2.1 `wan/modules/vae.py`, Wan2.2 `wan/modules/vae2_2.py`.
 _MEAN_16 = (
@@ -38,8 +38,6 @@ _STD_48 = (
     0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
     0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
-# Fewer, longer chunks save the work done once per chunk, until activations outgrow the caches.
-_CHUNK_BYTES = 64 << 20  # of fp32 activations at full resolution
 LATENT_STATISTICS = {16: (_MEAN_16, _STD_16), 48: (_MEAN_48, _STD_48)}
 
 
@@ -108,6 +106,7 @@ class WanVAE(nn.Module):
         pieces = self._video_pieces(video, work.chunk, course.first)
         for latents in encode_pieces(self, pieces, course, work):
             yield latents, course.state()
+            del latents
 
     def decode(
         self, latents: Tensor, chunk: int | None = None, *, work: VaeWork | None = None
@@ -141,6 +140,7 @@ class WanVAE(nn.Module):
         course = self._course(self.decoder, state or self.decoder_state(), work, latents)
         for frames in decode_pieces(self, self._latent_pieces(latents, work.chunk), course, work):
             yield frames, course.state()
+            del frames  # or they would wait for the next ones
 
     def moments_to_latents(self, moments: Tensor, walk: Walk) -> Tensor:
         """What the encoder gives -> normalised latents, fp32."""
@@ -184,7 +184,7 @@ class WanVAE(nn.Module):
         return Course(state, self.ops, work, bands)
 
     def _latent_pieces(self, latents: Tensor, chunk: int | None) -> list[Tensor]:
-        return list(latents.split(chunk or self._chunk(*latents.shape[3:]), dim=2))
+        return list(latents.split(chunk or default_chunk(self.spec, *latents.shape[3:]), dim=2))
 
     def _video_pieces(self, video: Tensor, chunk: int | None, first: bool) -> list[Tensor]:
         """The frames of every `chunk` latent frames."""
@@ -192,15 +192,9 @@ class WanVAE(nn.Module):
         h, w = (side // self.spec.spatial_stride for side in video.shape[3:])
         lead = stride - 1 if first else 0  # frames that a clip's first latent frame lacks
         total = (video.shape[2] + lead) // stride * stride
-        starts = range(0, total, stride * (chunk or self._chunk(h, w)))
+        starts = range(0, total, stride * (chunk or default_chunk(self.spec, h, w)))
         bounds = [max(0, bound - lead) for bound in (*starts, total)]
         return [video[:, :, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-    def _chunk(self, h: int, w: int) -> int:
-        """Latent frames `[z, h, w]` to code at once: as many as keep an activation small."""
-        pixels = h * w * (self.spec.spatial_stride // self.spec.patch) ** 2
-        per_frame = self.spec.temporal_stride * pixels * self.spec.decoder_base_dim * 4
-        return max(1, _CHUNK_BYTES // per_frame)
 
     def encoder_state(self) -> CausalState:
         """Nothing encoded yet."""

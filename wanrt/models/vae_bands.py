@@ -39,7 +39,9 @@ class BandWalk(Walk):
         return self._narrow(y, self.rows.trimmed())
 
     def beside(self, x: Tensor, rows: Rows) -> Tensor:
-        now = self.rows if rows.height == self.rows.height else self.rows.doubled()
+        now = self.rows
+        if rows.height != now.height:
+            now = now.doubled() if rows.height > now.height else now.halved()
         return x[..., now.slice_of(rows), :]
 
     def doubled(self, y: Tensor) -> Tensor:

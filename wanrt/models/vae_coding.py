@@ -80,12 +80,12 @@ def encode_pieces(
     for i, (piece, same) in enumerate(zip(pieces, sames, strict=True)):
         course.begin(last=ends and i == len(pieces) - 1)
         results = [_encode_locally(vae, piece, layers, same) for layers in locals_]
-        x = join([r.x for r in results])
-        same = all(r.same for r in results)
+        joined = Result(join([r.x for r in results]), all(r.same for r in results))
         del results
-        moments = whole(x, same).x
+        latents = vae.moments_to_latents(whole(*joined).x, course.whole)
+        del joined
         course.end()
-        yield vae.moments_to_latents(moments, course.whole)
+        yield latents
 
 
 def _encode_band_by_band(

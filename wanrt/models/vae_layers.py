@@ -103,7 +103,7 @@ class Walk:
         return y
 
     def beside(self, x: Tensor, rows: Rows | None) -> Tensor:
-        """Of x, which holds `rows`, those that are now under way (perhaps at half the height)."""
+        """Of x, which holds `rows`, those now under way; x may be twice or half as high."""
         return x
 
     def doubled(self, y: Tensor) -> Tensor:

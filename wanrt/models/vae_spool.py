@@ -53,7 +53,7 @@ class Spool:
         self._end += rows.nbytes
 
     def get(self, name: Hashable) -> Tensor:
-        """What was put under a name, on the device where it was. Peak: one copy more off the CPU."""
+        """What was put under a name, on the device where it was; it passes through host memory."""
         offset, shape, dtype, device = self._records[name]
         data = torch.empty(shape, dtype=dtype)
         self._file.seek(offset)

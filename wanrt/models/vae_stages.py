@@ -79,8 +79,11 @@ class Decoder(nn.Module):
         free = doubling[-1] + 1 if doubling else 0
         for layer in layers[:free]:
             x = layer(x, walk)
-        size = walk.work.frames or x.shape[2]
-        return _in_pieces(layers[free:], x, walk, size)
+        if walk.work.frames and walk.work.frames < x.shape[2]:
+            return _in_pieces(layers[free:], x, walk, walk.work.frames)
+        for layer in layers[free:]:
+            x = layer(x, walk)
+        return walk.leave(x)
 
 
 def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Tensor:
@@ -92,7 +95,7 @@ def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Ten
         for layer in layers:
             y = layer(y, walk)
         results.append(walk.leave(y))
-    return torch.cat(results, 2) if len(results) > 1 else results[0]
+    return torch.cat(results, 2)
 
 
 def _changes_time(layer: nn.Module) -> bool:
@@ -158,8 +161,11 @@ class UpStage(nn.Module):
             y = layer(y, walk)
         if self.factors is None:
             return y
+        if rows:
+            x = walk.beside(x, rows)
+            rows = walk.rows.halved().doubled()
         shortcut = duplicate_up(x, self.out_dim, *self.factors, first=walk.first)
-        return y.add_(walk.beside(shortcut, rows and rows.doubled()))
+        return y.add_(walk.beside(shortcut, rows))
 
 
 def average_down(x: Tensor, out_dim: int, ft: int, fs: int) -> Tensor:

@@ -1,0 +1,135 @@
+"""Predicts what a VAE holds at its peak: a walk over the shapes of its layers, nothing is run.
+
+Counted is every tensor alive beside the weights and what the caller gave and keeps: activations
+(what ops take while they run, too) and the caches of the causal convolutions. The walk follows
+`wanrt/models/vae_stages.py`; a test holds it against the storage that the modules allocate.
+"""
+
+from typing import NamedTuple
+
+from wanrt.config import VaeSpec, VaeWork
+from wanrt.memory.vae_byte_walk import Backend, ByteWalk, Held
+from wanrt.memory.vae_op_bytes import Clip, Conv
+from wanrt.vae_shapes import (
+    Band,
+    Rows,
+    decoder_bands,
+    decoder_stages,
+    default_chunk,
+    encoder_bands,
+    encoder_stages,
+)
+
+
+class VaeBytes(NamedTuple):
+    """Peak bytes on the device: of activations, and of the caches of all bands held at once."""
+
+    activations: int
+    caches: int
+
+
+def decode_bytes(
+    spec: VaeSpec,
+    height: int,
+    width: int,
+    element_size: int,
+    work: VaeWork,
+    backend: Backend | None = None,
+) -> VaeBytes:
+    """Of decode_chunks for `height x width` pixels; backend None: triton for 16 bits, else torch."""
+    h, w = height // spec.spatial_stride, width // spec.spatial_stride
+    frames = work.chunk or default_chunk(spec, h, w)
+    stages = decoder_stages(spec)
+    walk = ByteWalk(element_size, work, backend)
+    latents = walk.hold(Clip(spec.z_dim, frames, h, w))
+    walk.spike(4 * latents.clip.size * 4)
+    x = walk.middle(walk.conv(latents, Conv(stages[0].widths[0])))
+    walk.free(latents)
+    caches = [walk.take_caches()]
+    pixels = 3 * height * width * frames * spec.temporal_stride * 4
+    for band in decoder_bands(spec, h, work.band):
+        _decode_band(walk, x, spec, band)
+        caches.append(walk.take_caches())
+        if work.order == "time":
+            walk.live += pixels * (band.result.stop - band.result.start) // band.result.height
+    walk.spike(2 * pixels if work.band else 0)
+    return _total(walk, caches)
+
+
+def encode_bytes(
+    spec: VaeSpec,
+    height: int,
+    width: int,
+    element_size: int,
+    work: VaeWork,
+    backend: Backend | None = None,
+) -> VaeBytes:
+    """Of encode_chunks for `height x width` pixels; see decode_bytes.
+
+    NOTE: `still` keeps one activation more, at most the largest that a residual block is given.
+    """
+    h, w = height // spec.spatial_stride, width // spec.spatial_stride
+    frames = work.chunk or default_chunk(spec, h, w)
+    stages = encoder_stages(spec)
+    walk = ByteWalk(element_size, work, backend)
+    dense = Clip(stages[-1].out, frames, h, w)
+    side = spec.patch
+    pixels = Clip(3 * side**2, frames * spec.temporal_stride, height // side, width // side)
+    caches = []
+    for band in encoder_bands(spec, h, work.band):
+        y = _encode_band(walk, pixels, spec, band)
+        caches.append(walk.take_caches())
+        if work.order == "bands":
+            walk.free(y)
+    if work.band:
+        walk.spike(2 * dense.size * element_size)
+        walk.live = 0
+        walk.hold(dense)
+    walk.rows = Rows(0, h, h)
+    walk.conv(walk.middle(Held(dense, dense.size * element_size)), Conv(2 * spec.z_dim, norm=True))
+    caches.append(walk.take_caches())
+    return _total(walk, caches)
+
+
+def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> None:
+    """From what the mid-block gave, which stays, to pixels, which the caller counts."""
+    stages = decoder_stages(spec)
+    doubling = [i for i, stage in enumerate(stages) if stage.mode == "upsample3d"]
+    free = doubling[-1] + 1 if doubling else 0
+    walk.start(band)
+    x = walk.narrow(Held(middle.clip, 0), band.given)
+    for stage in stages[:free]:
+        x = walk.stage(x, stage, band, spec.residual)
+    scale = 2 ** sum(stage.mode is not None for stage in stages[free:])
+    height, frames = band.result.stop - band.result.start, x.clip.frames
+    pixels = Clip(3 * spec.patch**2, frames, height, x.clip.width * scale)
+    given, earlier = Held(x.clip, 0), Held(pixels, 0)
+    if walk.work.frames and walk.work.frames < frames:
+        earlier = walk.hold(pixels._replace(frames=frames - walk.work.frames))
+        given, x = x, Held(x.clip._replace(frames=walk.work.frames), 0)
+    for stage in stages[free:]:
+        x = walk.stage(x, stage, band, spec.residual)
+    walk.free(walk.conv(x, Conv(pixels.channels, norm=True)))
+    for held in (x, given, earlier):
+        walk.free(held)
+    walk.spike(3 * pixels.size * 4)
+
+
+def _encode_band(walk: ByteWalk, pixels: Clip, spec: VaeSpec, band: Band) -> Held:
+    """From pixels to what enters the mid-block."""
+    stages = encoder_stages(spec)
+    held = walk.hold(pixels)
+    walk.spike(2 * held.stored)
+    walk.start(band)
+    x = walk.conv(walk.narrow(held, band.given), Conv(stages[0].widths[0]))
+    x = walk.narrow(x, walk.rows.trimmed())
+    for stage in stages:
+        x = walk.stage(x, stage, band, spec.residual)
+    walk.free(held)
+    return x
+
+
+def _total(walk: ByteWalk, caches: list[int]) -> VaeBytes:
+    """With bands as the outer loop, one part's caches are held, else those of all."""
+    held = max(caches) if walk.work.order == "bands" else sum(caches)
+    return VaeBytes(walk.peak, 0 if walk.work.host else held)

@@ -1,0 +1,124 @@
+"""Bytes that the VAE's ops take while they run, beside what they are given: by backend.
+
+The numbers follow the code of `kernels/torch_conv.py` (off the CPU, where a norm is not cut into
+slabs and no Winograd is done) and of `kernels/conv.py`. What a library allocates inside one call
+(cuDNN's workspace, a fused attention's sums) is not seen here; a plan needs room for it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PIECE = 1 << 21  # kernels/torch_conv.py: elements of input that go through a convolution at once
+SCORES = 1 << 24  # models/vae_layers.py: attention scores at once
+
+
+class Clip(NamedTuple):
+    """The shape of an activation; `cropped`: a view of more rows."""
+
+    channels: int
+    frames: int
+    rows: int
+    width: int
+    cropped: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def frame(self) -> int:
+        """Elements of one frame."""
+        return self.channels * self.pixels
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.frames * self.frame
+
+
+class Conv(NamedTuple):
+    """A causal convolution; `past`: frames of history, 0 for 1x1x1."""
+
+    out: int
+    past: int = 2
+    stride: int = 1
+    norm: bool = False
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class TorchOps:
+    """`kernels/torch_conv.py`: a few frames at a time."""
+
+    element_size: int
+
+    def conv(self, x: Clip, conv: Conv) -> int:
+        """Peak bytes, the result and the frames to remember with it."""
+        e, out_frame = self.element_size, conv.out * x.pixels
+        sizes = self._pieces(x)
+        single = len(sizes) == 1 and not conv.in_place
+        held = 0 if single or conv.in_place else out_frame * x.frames // conv.stride * e
+        tail, before, peak = conv.past * x.frame * e, 0, 0
+        for n in sizes:
+            behind = (conv.past + n) * x.frame * e if conv.past else 0
+            result = out_frame * n // conv.stride * e
+            norm = self._norm(x._replace(frames=n)) if conv.norm else 0
+            peak = max(peak, held + before + behind + max(norm, result + tail))
+            before = result + tail
+        return peak
+
+    def upsample(self, x: Clip, out: int) -> int:
+        e = self.element_size
+        sizes = self._pieces(x)
+        places = 4 * out * (x.rows + 1) * (x.width + 1) * sizes[0] * min(2, len(sizes)) * e
+        folded = 16 * out * x.channels * e
+        return max(4 * out * x.pixels * x.frames * e + folded + places, 32 * out * x.channels * 4)
+
+    def downsample(self, x: Clip, out: int) -> int:
+        e, done, peak = self.element_size, 0, 0
+        for n in self._pieces(x):
+            padded = x.channels * (x.rows + 1) * (x.width + 1) * n * e
+            result = out * (x.rows // 2) * (x.width // 2) * n * e
+            peak = max(peak, done + padded + max(padded if done else 0, result))
+            done += result
+        return max(peak, 2 * done + padded)
+
+    def attention(self, x: Clip) -> int:
+        """Of one frame: norm; queries, keys, values; scores and weights where nothing is fused."""
+        e, queries = self.element_size, max(1, SCORES // x.pixels)
+        scores = 2 * min(queries, x.pixels) * x.pixels * e
+        return max(self._norm(x) + x.frame * e, 7 * x.frame * e + scores)
+
+    def _norm(self, x: Clip) -> int:
+        """Of a norm and SiLU, beside the buffer that takes the result."""
+        rows = x.size * self.element_size if x.cropped and x.frames > 1 else 0
+        as_fp32 = 0 if self.element_size == 4 else x.size * 4
+        return rows + as_fp32 + 2 * x.size * 4 + 3 * x.pixels * x.frames * 4
+
+    def _pieces(self, x: Clip) -> list[int]:
+        n = max(2, PIECE // x.frame // 2 * 2)
+        return [min(n, x.frames - i) for i in range(0, x.frames, n)]
+
+
+@dataclass(frozen=True)
+class TritonOps:
+    """`kernels/conv.py`: only a norm and the result take room, and weights that lie otherwise."""
+
+    element_size: int
+
+    def conv(self, x: Clip, conv: Conv) -> int:
+        taps = 27 if conv.past else 1
+        frames = 0 if conv.in_place else conv.out * x.pixels * x.frames // conv.stride
+        normed = x.size if conv.norm else 0
+        weight = conv.out * x.channels * taps
+        return (frames + normed + weight + conv.past * x.frame) * self.element_size
+
+    def upsample(self, x: Clip, out: int) -> int:
+        return (4 * out * x.pixels * x.frames + 25 * out * x.channels) * self.element_size
+
+    def downsample(self, x: Clip, out: int) -> int:
+        pixels = (x.rows // 2) * (x.width // 2)
+        return (out * pixels * x.frames + 9 * out * x.channels) * self.element_size
+
+    def attention(self, x: Clip) -> int:
+        return TorchOps(self.element_size).attention(x)
