@@ -2,27 +2,31 @@
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 import wanrt
-from wanrt import cli_tools
+from wanrt import cli_plan, cli_tools
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
 from wanrt.media.output import check_output
 from wanrt.media.video import check_codec, write_video
-from wanrt.pipeline import Pipeline
+from wanrt.memory.budget import gib
+from wanrt.memory.meter import Meter, metered
+from wanrt.pipeline import Pipeline, Run
 from wanrt.progress import Bars
 from wanrt.tasks.limits import round_frames
+from wanrt.tasks.sizes import parse_size
 
 
 class _Verbs(TyperGroup):
@@ -43,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=wanrt.__doc__,
 )
+app.command()(cli_plan.plan)
 cli_tools.add_to(app)
 
 _INPUTS, _MODEL, _SAMPLING, _OUTPUT = "Inputs", "Model", "Sampling", "Output"
@@ -110,6 +115,8 @@ def generate(
     prompts: Annotated[Path | None, _in(_INPUTS, "A file with one prompt per line.")] = None,
     precision: Annotated[Precision, _in(_MODEL, "auto, fp32, bf16 or fp16.")] = Precision.auto,
     device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
+    vram: Annotated[str | None, _in(_MODEL, "Budget on the device, as 8G.")] = None,
+    ram: Annotated[str | None, _in(_MODEL, "Budget of host memory, as 32G.")] = None,
     codec: Annotated[Codec, _in(_OUTPUT, "h264, hevc or av1 (h264).")] = Codec.h264,
     crf: Annotated[int | None, _in(_OUTPUT, "Quality, lower is better.")] = None,
     offline: Annotated[bool, _in(_MODEL, "Never download.", "--offline")] = False,
@@ -154,6 +161,8 @@ def generate(
             low_noise=low_noise_model,
             precision=str(precision),
             device=str(device),
+            vram=vram,
+            ram=ram,
             offline=offline,
             report=bars.report,
         )
@@ -162,13 +171,18 @@ def generate(
         settled, _ = prepare_inputs(configs[0], requests[0], pipe.spec)  # the same for all jobs
         for job in jobs:
             check_output(job.out, overwrite, settled.num_frames)
-        pipe.encode_prompts([text for r in requests for text in r.prompts])
-        for job in jobs:
-            run = pipe.start(job.prompt, seed=job.seed, **settings)
-            latents = pipe.denoise(run, on_step=bars.on_step)
-            write_video(job.out, pipe.decode(run, latents), run.request.fps, codec, crf, overwrite)
-            bars.finish()
-            _print_result(job, run, as_json)
+        plan = pipe.plan(settled)
+        if plan is not None and not as_json:
+            cli_plan.show(plan, Console(stderr=True, width=cli_plan.WIDE))
+        with metered(pipe.components.device) if plan else nullcontext(Meter()) as meter:
+            pipe.encode_prompts([text for r in requests for text in r.prompts])
+            for job in jobs:
+                run = pipe.start(job.prompt, seed=job.seed, **settings)
+                latents = pipe.denoise(run, on_step=bars.on_step)
+                frames = pipe.decode(run, latents)
+                write_video(job.out, frames, run.request.fps, codec, crf, overwrite)
+                bars.finish()
+                _print_result(job, run, meter, as_json)
 
 
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
@@ -197,27 +211,20 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return found
 
 
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """`832x480` (or `832*480`, as the reference writes it) -> width, height."""
-    if text is None:
-        return None, None
-    sides = re.fullmatch(r"([0-9]{1,9})[xX*]([0-9]{1,9})", text)
-    if sides is None:
-        raise UsageError(f"size {text[:80]!r}: write WIDTHxHEIGHT, as 832x480")
-    return int(sides[1]), int(sides[2])
-
-
-def _print_result(job: Job, run: Any, as_json: bool) -> None:
+def _print_result(job: Job, run: Run, meter: Meter, as_json: bool) -> None:
     request, seconds = run.request, sum(run.timings.values())
+    planned = run.plan and run.plan.peak
     if as_json:
         timings = {phase: round(value, 3) for phase, value in run.timings.items()}
-        result = {"path": str(job.out), **asdict(request), "timings": timings}
+        memory = run.plan and {"planned": planned, "measured": meter.peak}
+        result = {"path": str(job.out), **asdict(request), "timings": timings, "memory": memory}
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return
     print(
         f"{job.out}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"seed {request.seed}, {request.num_steps} steps of {request.solver}, "
-        f"guidance {request.guidance:g}, {seconds:.1f} s",
+        f"guidance {request.guidance:g}, {seconds:.1f} s"
+        + (f", peak {gib(meter.peak)} of {gib(planned)} planned" if planned else ""),
         flush=True,
     )
 

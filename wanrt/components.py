@@ -21,6 +21,7 @@ from wanrt.weights.parts import Parts
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 
+_PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
 _UNTOLD_MEMORY = 8 << 30  # taken where the system does not say (Windows)
@@ -235,8 +236,8 @@ def open_parts(
     dit = parts.found["dit"]
     _check_fit(parts)
     spec = identify(dit, parts.low_noise is not None, name)
-    if parts.vae is not None:
-        spec = replace(spec, vae=parts.found["vae"].spec)
+    own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
+    spec = replace(spec, **own)
     dtypes = choose_dtypes(precision, dit.num_params, device)
     keep = sum(d.num_bytes for d in parts.found.values()) <= _KEEP_SHARE * memory_bytes(device)
     return Components(parts, spec, dtypes, device, check, keep, report)

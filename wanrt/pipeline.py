@@ -22,13 +22,13 @@ from wanrt.conditions import (
     noise_shape,
     prepare_inputs,
 )
-from wanrt.config import GenerateConfig, Precision
+from wanrt.config import GenerateConfig, Precision, VaeWork
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.media.image import to_uint8
 from wanrt.media.result import Video
 from wanrt.memory.plan import Plan
-from wanrt.planning import UNLIMITED, Budgets, plan_request
+from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request
 from wanrt.request import Request, check_embeds, resolve
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
@@ -156,9 +156,7 @@ class Pipeline:
         embeds = (prompt_embeds, negative_embeds)
         request = self.check(config, embeds, decode=decode)
         request, inputs = prepare_inputs(config, request, self.spec)
-        plan = self.plan(request, embeds)
-        if plan is not None:
-            self.components.follow(plan)
+        plan = self.plan(request, embeds, decode=decode)
         begin = time.perf_counter()
         self.encode_prompts(_without(embeds, request.prompts))
         encoded = time.perf_counter()
@@ -192,19 +190,28 @@ class Pipeline:
         return request
 
     def plan(
-        self, request: Request, embeds: tuple[Tensor | None, ...] = (None, None)
+        self,
+        request: Request,
+        embeds: tuple[Tensor | None, ...] = (None, None),
+        *,
+        decode: bool = True,
     ) -> Plan | None:
-        """Where everything of this request will lie; None on a CPU without a budget.
+        """Decide where everything of this request will lie; parts that lie otherwise are let go.
 
-        Raises BudgetError. Reads the tokenizer, no weights.
+        None on a CPU without a budget. Raises BudgetError. Reads the tokenizer, no weights.
         """
         if self.components.device.type == "cpu" and self.budgets.vram is None:
             return None
         lengths = [len(rows.reshape(-1, rows.shape[-1])) for rows in embeds if rows is not None]
-        if texts := _without(embeds, request.prompts):
-            tokens = self.components.tokenizer()(texts, self.spec.dit.text_len)
+        texts = _without(embeds, request.prompts)
+        lengths += [len(self._embeds[text]) for text in texts if text in self._embeds]
+        if new := [text for text in texts if text not in self._embeds]:
+            tokens = self.components.tokenizer()(new, self.spec.dit.text_len)
             lengths.append(int(tokens.mask.sum(1).max()))
-        return plan_request(self.components, request, max(lengths), self.budgets)
+        ask = ask_of(request, max(lengths), encodes_text=bool(new), decodes=decode)
+        plan = plan_request(self.components, ask, self.budgets)
+        self.components.follow(plan)
+        return plan
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: list[str]) -> None:
@@ -305,7 +312,8 @@ class Pipeline:
         report, total = self.components.report, latents.shape[2]
         with run.timed("load"):
             vae = self.components.vae()
-        chunks = vae.decode_chunks(latents.to(self.components.device), chunk=1)
+        work = VaeWork(chunk=1) if run.plan is None else run.plan.work("decode")
+        chunks = vae.decode_chunks(latents.to(self.components.device), work=work)
         for done in range(total):
             with run.timed("decode"):
                 frames = next(chunks)[0]  # to hold the state would keep two

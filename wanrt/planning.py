@@ -10,7 +10,7 @@ from wanrt.memory.placement import Ask, Machine
 from wanrt.memory.plan import Plan, make_plan
 from wanrt.request import Request
 
-_HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
+HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
 _CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
 
 
@@ -35,27 +35,21 @@ def machine_of(device: torch.device) -> Machine:
     return _CPU if device.type == "cpu" else Machine()
 
 
-def plan_request(
-    components: Components, request: Request, text_rows: int, budgets: Budgets
-) -> Plan | None:
-    """The plan that this request will follow; None on a CPU without a budget, where all is loaded.
+def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:
+    """The plan that a request of this size will follow.
 
-    text_rows: tokens of the longer prompt. On CUDA the process is held to the budget from here on.
-    Raises BudgetError.
+    On CUDA the process is held to the budget from here on. Raises BudgetError.
     """
     device = components.device
-    if device.type == "cpu" and budgets.vram is None:
-        return None
     vram = free_bytes(device) if budgets.vram is None else budgets.vram
-    ram = budgets.ram or int(_HOST_SHARE * memory_bytes(torch.device("cpu")))
-    ask = ask_of(request, text_rows)
+    ram = budgets.ram or int(HOST_SHARE * memory_bytes(torch.device("cpu")))
     plan = make_plan(components.spec, ask, components.dtypes.name, vram, ram, machine_of(device))
     if device.type == "cuda":
         enforce(vram, device)
     return plan
 
 
-def ask_of(request: Request, text_rows: int) -> Ask:
+def ask_of(request: Request, text_rows: int, encodes_text: bool, decodes: bool) -> Ask:
     """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
     return Ask(
         request.width,
@@ -64,4 +58,6 @@ def ask_of(request: Request, text_rows: int) -> Ask:
         guided=request.guided,
         image=request.task in ("i2v", "flf2v", "vace"),
         text_rows=text_rows + 1,
+        encodes_text=encodes_text,
+        decodes=decodes,
     )

@@ -24,7 +24,8 @@ def parse_bytes(text: str | int | float | None, flag: str) -> int | None:
 
 
 def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+    """For people: in GiB, small numbers in MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes >> 20} MiB"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """How much memory a run really held on its device: the figure beside the plan's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,23 +11,31 @@ from wanrt.memory.measure import LiveBytes
 
 @dataclass
 class Meter:
-    """Peak bytes since it began: on CUDA what the driver sees, on a CPU the counted tensors."""
+    """Reads the peak bytes since it began."""
 
-    peak: int = 0
+    read: Callable[[], int] = lambda: 0
+
+    @property
+    def peak(self) -> int:
+        return self.read()
 
 
 @contextmanager
 def metered(device: torch.device) -> Iterator[Meter]:
-    """Measure what happens inside. On CUDA: what PyTorch reserved at most, and what the process
-    holds besides (context, modules, libraries), as the driver counts it."""
-    meter = Meter()
-    if device.type != "cuda":
+    """Measure what happens inside.
+
+    On CUDA: the most that PyTorch reserved, and what the process holds besides (context, modules,
+    libraries), as the driver counts it. On a CPU: the tensors that were alive together.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield Meter(lambda: _cuda_peak(device))
+    else:
         with LiveBytes(device.type) as count:
-            yield meter
-        meter.peak = count.peak
-        return
-    torch.cuda.reset_peak_memory_stats(device)
-    yield meter
+            yield Meter(lambda: count.peak)
+
+
+def _cuda_peak(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     besides = total - free - torch.cuda.memory_reserved(device)
-    meter.peak = torch.cuda.max_memory_reserved(device) + besides
+    return torch.cuda.max_memory_reserved(device) + besides

@@ -1,7 +1,8 @@
 """Every way in which a phase of a request could run, with the memory and the time of each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from wanrt.config import VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
@@ -30,10 +31,11 @@ from wanrt.memory.text_bytes import (
     umt5_activations,
     umt5_weights,
 )
-from wanrt.memory.vae_bytes import VaeBytes, decode_bytes, encode_bytes
+from wanrt.memory.vae_bytes import decode_bytes, encode_bytes
 from wanrt.memory.vae_costs import decode_operations, vae_weights
 
 _LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
+_SINGLE_FRAMES = 1.02  # time of four frames one by one, relative to together; assumed
 HALO = 13  # latent rows that a band computes beyond its own at an inner edge
 
 
@@ -47,42 +49,42 @@ class Option:
     work: VaeWork | None = None
 
 
-def text_options(
-    spec: WanSpec, ask: Ask, form: Format, machine: Machine, pinned_room: int | None
-) -> Iterator[Option]:
-    """The prompts, one after the other, through every block that is there."""
+def text_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+    """Both prompts through every block that is there."""
     weights = umt5_weights(spec.umt5, form.other)
     held = umt5_activations(spec.umt5, ask.text_rows, form.other)
     held += 2 * ask.text_rows * spec.umt5.dim * 4  # the features of both prompts
-    yield from _encoder_options("text", weights, held, machine, pinned_room)
+    yield from _encoder_options("text", weights, held, machine)
 
 
-def clip_options(
-    spec: WanSpec, form: Format, machine: Machine, pinned_room: int | None
-) -> Iterator[Option]:
+def clip_options(spec: WanSpec, form: Format, machine: Machine) -> Iterator[Option]:
     """One picture at a time through the CLIP tower."""
     assert spec.clip is not None, f"{spec.id=}"
     weights = clip_weights(spec.clip, form.other)
     held = clip_activations(spec.clip, form.other)
-    yield from _encoder_options("image", weights, held, machine, pinned_room)
+    yield from _encoder_options("image", weights, held, machine)
 
 
 def _encoder_options(
-    name: str, weights: EncoderWeights, held: int, machine: Machine, pinned_room: int | None
+    name: str, weights: EncoderWeights, held: int, machine: Machine
 ) -> Iterator[Option]:
+    """Whole on the device, or block by block out of the file: each is needed once per request.
+
+    Either way every byte is read once, so that the whole one is no faster.
+    """
     sizes = [weights.block] * weights.num_blocks
-    for num in range(len(sizes), -1, -1):
-        placement = place(sizes, num, pinned_room)
-        streamed = placement.pinned + placement.mapped
-        phase = Phase(
-            name,
-            weights=num * weights.block + weights.rest,
-            ring=placement.slots * weights.block,
-            activations=held,
-            streamed=streamed,
-            seconds=copy_seconds(placement, machine),
+    for placement in (place(sizes, len(sizes), None), place(sizes, 0, pinned_room=0)):
+        yield Option(
+            Phase(
+                name,
+                weights=placement.num_resident * weights.block + weights.rest,
+                ring=placement.slots * weights.block,
+                activations=held,
+                streamed=placement.mapped,
+                seconds=weights.total / machine.read,
+            ),
+            placement,
         )
-        yield Option(phase, placement)
 
 
 def dit_options(
@@ -161,58 +163,65 @@ def _quantised_extra(spec: WanSpec, tokens: Tokens) -> int:
 
 
 def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
-    """Pictures or a video to latents, whole frames first, then bands of ever fewer rows."""
-    element = machine.vae_bytes(form)
-    weights = vae_weights(spec.vae) * element
-    pixels = 3 * ask.num_frames * ask.width * ask.height * 4  # the video that is coded
-    for work in _works(spec, ask):
-        need = encode_bytes(spec.vae, ask.height, ask.width, element, work, machine.backend)
-        yield _vae_option("encode", spec, ask, work, weights, need, pixels, machine)
+    """Pictures or a video to latents."""
+    yield from (
+        _vae_option("encode", spec, ask, form, machine, w) for w in _works(spec, ask, machine)
+    )
 
 
 def decode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
-    """Latents to frames, likewise."""
-    element = machine.vae_bytes(form)
-    weights = vae_weights(spec.vae) * element
-    stride = spec.vae.spatial_stride
-    frames = (ask.num_frames - 1) // spec.vae.temporal_stride + 1
-    latents = 4 * spec.vae.z_dim * frames * (ask.height // stride) * (ask.width // stride)
-    for work in _works(spec, ask):
-        need = decode_bytes(spec.vae, ask.height, ask.width, element, work, machine.backend)
-        yield _vae_option("decode", spec, ask, work, weights, need, latents, machine)
+    """Latents to frames."""
+    yield from (
+        _vae_option("decode", spec, ask, form, machine, w) for w in _works(spec, ask, machine)
+    )
 
 
-def _works(spec: WanSpec, ask: Ask) -> Iterator[VaeWork]:
-    """From the least repeated work to the least memory."""
+def _works(spec: WanSpec, ask: Ask, machine: Machine) -> Iterator[VaeWork]:
+    """Whole frames; caches in host memory; bands, with all caches or with those of one."""
     rows = ask.height // spec.vae.spatial_stride
     yield VaeWork(chunk=1)
     yield VaeWork(chunk=1, frames=1)
+    apart = machine.device != "cpu"  # host memory is not the device's
+    if apart:
+        yield VaeWork(chunk=1, frames=1, host=True)
     for parts in (2, 3, 4, 6, 8):
         if rows // parts >= _LEAST_BAND:
             band = -(-rows // parts)
             yield VaeWork(chunk=1, band=band, frames=1)
             yield VaeWork(chunk=1, band=band, frames=1, order="bands")
+            if apart:
+                yield VaeWork(chunk=1, band=band, frames=1, host=True)
 
 
 def _vae_option(
-    name: str,
+    name: Literal["encode", "decode"],
     spec: WanSpec,
     ask: Ask,
-    work: VaeWork,
-    weights: int,
-    need: VaeBytes,
-    given: int,
+    form: Format,
     machine: Machine,
+    work: VaeWork,
 ) -> Option:
-    """`given`: bytes of what is coded, which waits on the device."""
-    rows = ask.height // spec.vae.spatial_stride
-    halo = 2 * HALO / work.band if work.band else 0.0
-    base = decode_operations(spec.vae, ask.num_frames, ask.height, ask.width) / machine.flops
+    """What is coded waits on the device beside the VAE; the time is that of decoding."""
+    vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.vae_bytes(form)
+    rows, columns = ask.height // stride, ask.width // stride
+    chunks = (ask.num_frames - 1) // vae.temporal_stride + 1
+    need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
+    need = need_of(vae, ask.height, ask.width, element, work, machine.backend)
+    given = {
+        "encode": 3 * ask.num_frames * ask.width * ask.height,
+        "decode": vae.z_dim * chunks * rows * columns,
+    }[name]
+    repeated = min(1 + 2 * HALO / work.band, rows / work.band) if work.band else 1.0
+    seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
+    if work.host:
+        kept = replace(work, host=False)
+        moved = need_of(vae, ask.height, ask.width, element, kept, machine.backend).caches
+        seconds += 2 * chunks * moved / machine.copy / repeated
     phase = Phase(
         name,
-        weights=weights,
-        activations=need.activations + given,
+        weights=vae_weights(vae) * element,
+        activations=need.activations + 4 * given,
         caches=need.caches,
-        seconds=base * (1 + min(halo, rows)) * (1.02 if work.frames else 1.0),
+        seconds=seconds * repeated * (_SINGLE_FRAMES if work.frames else 1.0),
     )
     return Option(phase, work=work)

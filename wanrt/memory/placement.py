@@ -52,6 +52,8 @@ class Ask:
     guided: bool = True
     image: bool = False  # a picture or a video conditions it
     text_rows: int = TEXT_ROWS  # of the longer prompt
+    encodes_text: bool = True  # a prompt's features are not known yet
+    decodes: bool = True  # frames are wanted, not latents
     lora: int = 0  # bytes of low-rank branches, which stay on the device
 
 

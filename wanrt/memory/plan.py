@@ -4,7 +4,8 @@
 would. Times are estimates; they only choose between placements.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from wanrt.config import VaeWork, WanSpec
@@ -22,7 +23,6 @@ from wanrt.memory.phases import (
 from wanrt.memory.placement import TYPICAL, Ask, Guidance, Machine, Phase, Placement
 
 HOST_FIXED = 2 * GIB  # interpreter, libraries, frames on their way to the file
-_STEP = 16 << 20  # to which a budget that would do is rounded up
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self.fixed + max(phase.peak for phase in self.phases)
+        """The most at any time; parts that are kept are there in every phase."""
+        if not self.keep:
+            return self.fixed + max(phase.peak for phase in self.phases)
+        return self.fixed + _together(self.phases)
 
     @property
     def pinned(self) -> int:
@@ -85,10 +88,15 @@ def make_plan(
         raise BudgetError(_advice(spec, ask, precision, budget, ram, machine, options))
     whole = _best(spec, ask, precision, None, ram, machine)
     assert not isinstance(whole, str), f"{whole=}"
-    together = sum(option.phase.weights for option in whole.values())
-    together += max(option.phase.peak - option.phase.weights for option in whole.values())
-    keep = budget is None or machine.fixed + together <= budget
-    return Plan(spec.id, precision, ask, budget, machine.fixed, keep, options)
+    needed = machine.fixed + _together(tuple(option.phase for option in whole.values()))
+    keep = spec.boundary is None and (budget is None or needed <= budget)
+    return Plan(spec.id, precision, ask, budget, machine.fixed, keep, whole if keep else options)
+
+
+def _together(phases: tuple[Phase, ...]) -> int:
+    """Peak where no part goes before the next one comes. The VAE is one part of two phases."""
+    parts = {"vae" if p.name in ("encode", "decode") else p.name: p.weights for p in phases}
+    return sum(parts.values()) + max(phase.peak - phase.weights for phase in phases)
 
 
 def smallest_budget(
@@ -127,13 +135,16 @@ def _phases(
     """The phases of a request in their order, each with every way to run it."""
     form = FORMATS[precision]
     pinned_room = None if ram is None else max(0, ram - HOST_FIXED)
-    phases = {"text": list(text_options(spec, ask, form, machine, pinned_room))}
+    phases = {}
+    if ask.encodes_text:
+        phases["text"] = list(text_options(spec, ask, form, machine))
     if spec.clip is not None and ask.image:
-        phases["image"] = list(clip_options(spec, form, machine, pinned_room))
+        phases["image"] = list(clip_options(spec, form, machine))
     if ask.image:
         phases["encode"] = list(encode_options(spec, ask, form, machine))
     phases["step"] = list(dit_options(spec, ask, form, machine, pinned_room))
-    phases["decode"] = list(decode_options(spec, ask, form, machine))
+    if ask.decodes:
+        phases["decode"] = list(decode_options(spec, ask, form, machine))
     return phases
 
 
@@ -148,10 +159,9 @@ def _advice(
 ) -> str:
     """What does not fit, and what would."""
     least = smallest_budget(spec, ask, precision, ram, machine)
-    least = -(-least // _STEP) * _STEP
     asked = f"{ask.width}x{ask.height}, {ask.num_frames} frames"
     text = f"{spec.title} at {asked} in {precision} does not fit {gib(budget or 0)} ({phase})"
-    remedies = [f"--vram {least / GIB:.2f}G"]
+    remedies = [f"--vram {math.ceil(100 * least / GIB) / 100}G"]
 
     def fits(frames: int) -> bool:
         shorter = replace(ask, num_frames=frames)
@@ -172,11 +182,3 @@ def _longest(frames: int, fits: Callable[[int], bool]) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(4 * middle + 1) else (low, middle)
     return 4 * low + 1
-
-
-def rows(plan: Plan) -> Iterable[tuple[str, ...]]:
-    """The plan as a table: phase, weights, ring, streamed, activations, caches, peak."""
-    for phase in plan.phases:
-        numbers = (phase.weights, phase.ring, phase.streamed, phase.activations, phase.caches)
-        peak = plan.fixed + phase.peak
-        yield (phase.name, *(gib(n) if n else "-" for n in numbers), gib(peak))

@@ -1,6 +1,7 @@
 """Size arithmetic of the reference: output sizes, latent shapes, tokens, and the VACE grid."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -130,3 +131,13 @@ def latent_shape(
 def token_count(latents: LatentShape) -> int:
     """Tokens in the DiT, whose patches are 1x2x2."""
     return latents.frames * (latents.height // 2) * (latents.width // 2)
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """`832x480` (or `832*480`, as the reference writes it) -> width, height."""
+    if text is None:
+        return None, None
+    sides = re.fullmatch(r"([0-9]{1,9})[xX*]([0-9]{1,9})", text)
+    if sides is None:
+        raise UsageError(f"size {text[:80]!r}: write WIDTHxHEIGHT, as 832x480")
+    return int(sides[1]), int(sides[2])

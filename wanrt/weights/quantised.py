@@ -8,6 +8,7 @@ Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/conv
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class PlainReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._stored = torch.empty(_PIECE * 4, dtype=torch.uint8)
-        self._product = torch.empty(_PIECE, dtype=torch.float32)
+        self._stored = torch.from_numpy(np.empty(_PIECE * 4, np.uint8))
+        self._product = torch.from_numpy(np.empty(_PIECE, np.float32))
 
     def read(self, name: str, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """The tensor, or these rows of it (step 1), in `dtype`. Peak: the result.
