@@ -16,6 +16,7 @@ from wanrt.kernels.arithmetic import cast, dot, round_to_int8
 from wanrt.kernels.attention import Scales, interleave, load_rows, rows_dense, tile_of
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.reference import FP8_BITS, TINY, Preparation
+from wanrt.kernels.rotation import odd_bits
 
 LEAST: tl.constexpr = tl.constexpr(TINY)
 BITS: tl.constexpr = tl.constexpr(FP8_BITS)
@@ -142,14 +143,9 @@ def _prepare_kernel(
 
 @triton.jit
 def _turn(factor_ptr, HD: tl.constexpr):
-    """diag(factor) H: minus where the numbers of row and column share an odd number of bits."""
-    number = tl.arange(0, HD)
-    bits = number[:, None] & number[None, :]
-    bits ^= bits >> 4
-    bits ^= bits >> 2
-    bits ^= bits >> 1
-    factor = tl.load(factor_ptr + number)[:, None]
-    return tl.where((bits & 1) == 0, factor, -factor)  # [HD, HD]
+    """diag(factor) H, [HD, HD]."""
+    factor = tl.load(factor_ptr + tl.arange(0, HD))[:, None]
+    return tl.where(odd_bits(HD) == 0, factor, -factor)
 
 
 @triton.jit(do_not_specialize=["length"])

@@ -101,10 +101,16 @@ def dequantize(x: Quantized) -> Tensor:
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hadamard: bool = False,
 ) -> Quantized:
-    """`quantize(layer_norm_modulate(x, scale, shift, eps))`, one scale for each row."""
-    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
+    """`quantize(layer_norm_modulate(x, scale, shift, eps), dtype, hadamard)`: a scale a row."""
+    y = layer_norm_modulate(x, scale, shift, eps, torch.float32)
+    return quantize(y, dtype, hadamard=hadamard)
 
 
 def linear_quantized(
@@ -140,13 +146,14 @@ def linear_quantized_out(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
     activation: str | None = None,
+    hadamard: bool = False,
 ) -> Quantized:
-    """`quantize(linear_quantized(x, weight, bias, fp32, activation), dtype, group=128)`.
+    """`quantize(linear_quantized(x, weight, bias, fp32, activation), dtype, 128, hadamard)`.
 
     What the next linear takes: values [..., O] in dtype (int8 or fp8), scale [..., O / 128].
     """
     y = linear_quantized(x, weight, bias, torch.float32, activation)
-    return quantize(y, dtype, GROUP)
+    return quantize(y, dtype, GROUP, hadamard)
 
 
 def linear_gated_residual(

@@ -31,7 +31,13 @@ def dequantize(x: Quantized) -> Tensor:
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hadamard: bool = False,
 ) -> Quantized:
     """See `reference.layer_norm_modulate_quantize`."""
-    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
+    y = layer_norm_modulate(x, scale, shift, eps, torch.float32)
+    return quantize(y, dtype, hadamard=hadamard)
