@@ -2,7 +2,8 @@
 
 What it computes is said in `reference.py`. A program holds BLOCK_M queries of one head and walks
 over the keys, BLOCK_N at a time, with the running maximum and sum of its softmax in fp32. With
-scales of q and k (`attention_int8.py`) the same kernel multiplies eight-bit integers.
+scales of q and k (`attention_int8.py`) the same kernel multiplies eight-bit integers, and fp8
+probabilities by fp8 values where those are given.
 Source: FlashAttention-2, arXiv 2307.08691, algorithm 1.
 """
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from wanrt.kernels.arithmetic import cast, dot
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.reference import LARGEST
 from wanrt.kernels.target import Target
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
-# The largest probability of a block is 2^HEADROOM, so that fp16 holds those down to 2^-32 of it.
-HEADROOM: tl.constexpr = tl.constexpr(8)
+# The largest probability of a block is two to this, so that fp16 holds those down to 2^-32 of it.
+HEADROOM: tl.constexpr = tl.constexpr(8.0)
+HEADROOM_FP8: tl.constexpr = tl.constexpr(math.log2(LARGEST[torch.float8_e4m3fn]))
 # NOTE: a bias below this counts as -inf.
 LEAST: tl.constexpr = tl.constexpr(-1e30)
 
@@ -42,11 +45,12 @@ TILE_INTERPRETER = Tile(128, 128, 4, 1)
 
 
 class Scales(NamedTuple):
-    """What integers q and k and prepared v are multiplied by: dense, fp32."""
+    """What integers q and k and prepared v are multiplied by, and v's mean: dense, fp32."""
 
     q: Tensor  # [B, H, L, 1]
     k: Tensor  # [B, H, n, 1]
-    v: Tensor  # [B, H, 1, 1]
+    v: Tensor  # [B, H, 1, hd]
+    v_mean: Tensor  # [B, H, 1, hd]
 
 
 @triton.jit
@@ -72,6 +76,35 @@ def load_rows(
     return tl.load(at)
 
 
+@triton.jit
+def interleave(x):
+    """The columns of each 32 in the order in which threads hold them: 0 1 8 9 2 3 10 11 ...
+
+    Of 32 scores a tensor core leaves a thread two neighbours in each 8 columns, and wants four
+    neighbours in each 16 of the next, eight-bit product. In this order they are the same numbers,
+    so that none goes to another thread. Values come in the same order: sums do not mind.
+    """
+    m: tl.constexpr = x.shape[0]
+    n: tl.constexpr = x.shape[1]
+    parts = tl.permute(tl.reshape(x, (m, n // 32, 2, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(parts, (m, n))
+
+
+@triton.jit
+def _add_products(acc, shrink, p, v, SUM: tl.constexpr):
+    """acc * shrink + p v: within a block of keys in SUM, over all in fp32.
+
+    NOTE: fp8 products have fewer bits than fp32 in their sums, so that a block starts from zero.
+    Triton gives a product whatever is added to it as its first sum; it leaves an fma alone.
+    """
+    if v.dtype == tl.float8e4nv:
+        block = dot(p, v, None, SUM)
+        return tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), block)
+    if SUM == tl.float32:
+        return dot(p, v, acc * shrink[:, None], SUM)
+    return acc * shrink[:, None] + dot(p, v, None, SUM).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["length", "num_keys"])
 def _attention_kernel(
     q_ptr,
@@ -95,7 +128,8 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """softmax(q k^T * scale + bias) v; p v is added up in SUM within a block, in fp32 over all."""
+    """softmax(q k^T * scale + bias) v. fp8 v is [B, H, hd, whole blocks], see `interleave`."""
+    FP8: tl.constexpr = v_ptr.dtype.element_ty == tl.float8e4nv
     head = tl.program_id(1).to(tl.int64)  # of all samples
     b, h = head // num_heads, head % num_heads
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
@@ -142,20 +176,24 @@ def _attention_kernel(
                 bias = tl.load(bias_at, exists, 0.0).to(tl.float32)  # [M or 1, N]
                 powers = scores * factor[:, None] + bias * LOG2_E
                 peak_next = tl.maximum(peak, tl.max(powers, 1))
-            p = tl.exp2(powers - (peak_next - HEADROOM)[:, None])
+            p = tl.exp2(powers - (peak_next - (HEADROOM_FP8 if FP8 else HEADROOM))[:, None])
             shrink = tl.exp2(peak - peak_next)
             total = total * shrink + tl.sum(p, 1)
             peak = peak_next
-            v = load_rows(
-                v_ptr + at * v_strides[2], v_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
-            )
-            p = cast(p, v.dtype)
-            if SUM == tl.float32:
-                acc = dot(p, v, acc * shrink[:, None], SUM)
+            if FP8:
+                v = tl.trans(tl.load(v_ptr + at + column[:, None] * v_strides[2] + key[None, :]))
+                p = interleave(p)
             else:
-                acc = acc * shrink[:, None] + dot(p, v, None, SUM).to(tl.float32)
-    if scale_ptrs is not None:
-        acc *= tl.load(scale_ptrs[2] + head)
+                v = load_rows(
+                    v_ptr + at * v_strides[2], v_strides[2], left, HEAD_DIM, HD, BLOCK_N, LAST
+                )
+            acc = _add_products(acc, shrink, cast(p, v.dtype), v, SUM)
+    if FP8:
+        at = head * HD + column
+        mean = tl.load(scale_ptrs[3] + at)
+        acc = acc * tl.load(scale_ptrs[2] + at)[None, :] + total[:, None] * mean[None, :]
+    elif scale_ptrs is not None:
+        acc *= tl.load(scale_ptrs[2] + head * HD)  # the same for all channels
     out_ptr += b * out_strides[0] + h * out_strides[1] + first * out_strides[2]
     target = out_ptr + row[:, None] * out_strides[2] + column[None, :]
     result = cast(acc / total[:, None], out_ptr.dtype.element_ty)
@@ -182,16 +220,17 @@ def attend(
     dtype: torch.dtype,
     mma: tuple[Mma, ...],
 ) -> Tensor:
-    """Start the kernel. With `scales`, q and k are int8 and v fp16."""
+    """Start the kernel. With `scales`, q and k are int8, v fp16, or fp8 as the kernel wants it."""
     b, num_heads, length, head_dim = q.shape
     num_keys = k.shape[2]
     assert head_dim <= MAX_HEAD_DIM and scale > 0, f"{q.shape=} {scale=}"
-    assert k.shape == v.shape == (b, num_heads, num_keys, head_dim), f"{k.shape=} {v.shape=}"
+    assert k.shape == (b, num_heads, num_keys, head_dim), f"{k.shape=}"
+    assert v.shape == k.shape or v.dtype == torch.float8_e4m3fn, f"{v.shape=}"
     q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
     out = torch.empty(b, length, num_heads, head_dim, dtype=dtype, device=q.device)
     out = out.transpose(1, 2)
     width = max(32, triton.next_power_of_2(head_dim))
-    tile = TILE_INTERPRETER if arch_of(q) == INTERPRETER else TILE
+    tile = tile_of(q)
     launch(
         _attention_kernel,
         (triton.cdiv(length, tile.queries), b * num_heads),
@@ -220,6 +259,10 @@ def attend(
         mma=mma,
     )
     return out
+
+
+def tile_of(x: Tensor) -> Tile:
+    return TILE_INTERPRETER if arch_of(x) == INTERPRETER else TILE
 
 
 def rows_dense(x: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ from wanrt.kernels.cases import BF16, FP16, FP32, Case, Limit, Tensors, heavy_ta
 
 _PROBABILITIES = "probabilities are rounded to the values' dtype before they meet them"
 _FOUR_SUMS = "fp16 sums of 64 keys, rounded (2^-11) after each 16; then the result is rounded"
+_OTHER_PEAK = (
+    "fp8 probabilities (2^-4) are rounded beside the largest so far, in the reference beside the "
+    "largest of all; a result adds up several"
+)
 LIMITS = {
     "attention": {
         FP32: Limit(0, 2e-6, "sums in another order"),
@@ -21,6 +25,7 @@ LIMITS = {
         BF16: Limit(0, 2**-7, _FOUR_SUMS),
         FP16: Limit(0, 2**-9 + 2**-11, _FOUR_SUMS),
     },
+    "attention_int8_fp8": dict.fromkeys((FP32, BF16, FP16), Limit(0, 2**-4, _OTHER_PEAK)),
 }
 
 
@@ -62,6 +67,12 @@ def real(b: int, h: int, length: int, num_keys: int) -> Tensors:
     return tuple(x.unflatten(-1, (h, 128)).transpose(1, 2) for x in (q, k, v))
 
 
+def shared(num_keys: int) -> tuple[Tensor, Tensor]:
+    """k and v of one sample, for two."""
+    k, v = (heads(1, 3, num_keys, 128).expand(2, -1, -1, -1) for _ in range(2))
+    return k, v
+
+
 def products(q: Tensor, k: Tensor, *_: Tensor | None) -> int:
     """q k^T and p v."""
     return 4 * q.numel() * k.shape[2]
@@ -81,6 +92,21 @@ def _wan(op: str) -> list[Case]:
             lambda: (*qkv(1, 40, 75600, 32)(), torch.zeros(1, 1, 1, 32)),
             **real,
         ),
+    ]
+
+
+def _eight_bits(op: str) -> list[Case]:
+    def case(label: str, tensors: Callable[[], Tensors]) -> Case:
+        return Case(op, label, tensors, activations=3)
+
+    return [
+        case("odd", lambda: slices(2, 2, 65, 128)),
+        case("real", lambda: real(1, 3, 63, 257)),
+        case("head-of-64", qkv(1, 2, 33, 150, 64)),
+        case("one-token", qkv(1, 2, 1, 1)),
+        case("key-bias", lambda: (*qkv(2, 2, 65, 9)(), lengths_bias(3, 500))),
+        case("shared-context", lambda: (heads(2, 3, 65, 128), *shared(9), lengths_bias(7))),
+        case("position-bias", lambda: (*qkv(2, 4, 11, 140)(), normal(1, 4, 11, 140))),
     ]
 
 
@@ -137,35 +163,11 @@ CASES = [
         {"scale": 1.0},
         activations=3,
     ),
-    Case("attention_int8", "odd", lambda: slices(2, 2, 65, 128), activations=3),
-    Case("attention_int8", "real", lambda: real(1, 3, 63, 257), activations=3),
-    Case("attention_int8", "head-of-64", qkv(1, 2, 33, 150, 64), activations=3),
-    Case("attention_int8", "one-token", qkv(1, 2, 1, 1), activations=3),
-    Case(
-        "attention_int8",
-        "key-bias",
-        lambda: (*qkv(2, 2, 65, 9)(), lengths_bias(3, 500)),
-        activations=3,
-    ),
-    Case(
-        "attention_int8",
-        "shared-context",
-        lambda: (
-            heads(2, 3, 65, 128),
-            heads(1, 3, 9, 128).expand(2, -1, -1, -1),
-            heads(1, 3, 9, 128).expand(2, -1, -1, -1),
-            lengths_bias(7),
-        ),
-        activations=3,
-    ),
-    Case(
-        "attention_int8",
-        "position-bias",
-        lambda: (*qkv(2, 4, 11, 140)(), normal(1, 4, 11, 140)),
-        activations=3,
-    ),
+    *_eight_bits("attention_int8"),
+    *_eight_bits("attention_int8_fp8"),
     *_wan("attention"),
     *_wan("attention_int8"),
+    *_wan("attention_int8_fp8"),
     Case(
         "attention",
         "clip",

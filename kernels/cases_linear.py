@@ -9,6 +9,7 @@ from wanrt.kernels.cases import (
     BF16,
     FP16,
     FP32,
+    TURNED,
     Case,
     Limit,
     Rows,
@@ -83,9 +84,11 @@ def _wan(inner: int, outer: int) -> list[Case]:
             Case("linear_quantized", f"{shape}-{scales}", linear, {"dtype": BF16}, **wide),
             Case("linear_gated_residual", f"{shape}-{scales}", residual, **wide),
             *(
-                Case("linear_quantized_out", f"{shape}-{scales}-{name}", linear,
-                     gelu | {"dtype": dtype}, **wide | {"dtypes": (dtype,)})
+                Case("linear_quantized_out", f"{shape}-{scales}-{name}{turned}", linear,
+                     gelu | {"dtype": dtype, "hadamard": turned != ""},
+                     **wide | {"dtypes": (dtype,)})
                 for name, dtype in EIGHT.items()
+                for turned in ("", "-hadamard")
             ),
         ]  # fmt: skip
     return cases
@@ -127,6 +130,10 @@ CASES = [
     Case("linear_quantized_out", "odd", _linear(263, 200, 256), {"dtype": INT8}, **_EIGHT),
     Case("linear_quantized_out", "gelu", _linear(9, 256, 384, 128),
          {"dtype": FP8, "activation": "gelu_tanh"}, **_EIGHT),
+    Case("linear_quantized_out", "hadamard", _linear(263, 200, 256),
+         {"dtype": INT8, "hadamard": True}, limit=TURNED, **_EIGHT),
+    Case("linear_quantized_out", "hadamard-gelu", _linear(9, 256, 384, 128),
+         {"dtype": FP8, "activation": "gelu_tanh", "hadamard": True}, limit=TURNED, **_EIGHT),
     Case("linear_gated_residual", "sample", _residual(2, 63, 200, 77, (2, 1), None), **_EIGHT),
     Case("linear_gated_residual", "token", _residual(2, 9, 256, 130, (1, 9), 128), **_EIGHT),
     Case("linear_gated_residual", "no-gate", _residual(1, 9, 130, 77, None, None), **_EIGHT),

@@ -19,6 +19,8 @@ from torch import Tensor
 from wanrt.kernels.arithmetic import cast, store_quantized
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.rotation import MMA as TURN
+from wanrt.kernels.rotation import rotate
 from wanrt.kernels.target import Target
 
 MMA = {torch.int8: Mma("s8", "s32"), torch.float8_e4m3fn: Mma("e4m3", "f32")}
@@ -38,12 +40,15 @@ class Tile(NamedTuple):
 
 LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and nothing beside it
 SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 128 and spills
+TURNED = Tile(128, 32, 3, 8, 255)  # where the result is rotated: twice the sums, for a while
 
 
-def _tile(arch: int, one_sum: bool) -> Tile:
+def _tile(arch: int, one_sum: bool, hadamard: bool) -> Tile:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
         return Tile(512, GROUP // 2, 1, 4, 255)
+    if hadamard:
+        return TURNED
     return LARGE if one_sum else SMALL
 
 
@@ -182,6 +187,7 @@ def _linear_kernel(
     stride_om,
     largest,
     GELU: tl.constexpr,
+    HADAMARD: tl.constexpr,
     GATE_BY_ROW: tl.constexpr,
     BY_GROUP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -205,6 +211,8 @@ def _linear_kernel(
         y += tl.load(bias_ptr + column, held, 0.0).to(tl.float32)[None, :]
     if GELU:
         y = _gelu_tanh(y)
+    if HADAMARD:
+        y = rotate(y)
     mask = exists[:, None] & held[None, :]
     target = out_ptr + row.to(tl.int64)[:, None] * stride_om + column[None, :]
     if residual_ptr is not None:
@@ -238,13 +246,14 @@ def linear_quantized_out(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
     activation: str | None = None,
+    hadamard: bool = False,
 ) -> Quantized:
     """See `reference.linear_quantized_out`."""
     leading, width, device = x.values.shape[:-1], len(weight.values), x.values.device
     assert width % GROUP == 0, f"{weight.values.shape=}"
     values = torch.empty((*leading, width), dtype=dtype, device=device)
     scale = torch.empty((*leading, width // GROUP), dtype=torch.float32, device=device)
-    _linear(x, weight, bias, values, activation, out_scale=scale)
+    _linear(x, weight, bias, values, activation, out_scale=scale, hadamard=hadamard)
     return Quantized(values, scale)
 
 
@@ -273,6 +282,7 @@ def _linear(
     out_scale: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    hadamard: bool = False,
 ) -> None:
     """Starts the kernel, which sees every tensor as rows."""
     assert activation in (None, "gelu_tanh"), f"{activation=}"
@@ -281,7 +291,7 @@ def _linear(
     assert groups in (1, depth / GROUP), f"{x.scale.shape=} {depth=}"
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
-    tile = _tile(arch_of(out), not by_group and residual is None and out_scale is None)
+    tile = _tile(arch_of(out), not by_group and residual is None and out_scale is None, hadamard)
     weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)
@@ -311,6 +321,7 @@ def _linear(
         result.stride(0),
         LARGEST.get(out.dtype, 1.0),
         GELU=activation is not None,
+        HADAMARD=hadamard,
         GATE_BY_ROW=any(gate_strides),
         BY_GROUP=by_group,
         EVEN=depth % GROUP == 0,
@@ -323,7 +334,7 @@ def _linear(
         num_stages=tile.stages,
         num_warps=tile.warps,
         maxnreg=tile.registers,
-        mma=(MMA[rows.dtype],),
+        mma=(MMA[rows.dtype], TURN[torch.float32]) if hadamard else (MMA[rows.dtype],),
     )
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from wanrt.kernels.arithmetic import cast, store_quantized
 from wanrt.kernels.launch import INTERPRETER, arch_of, launch
-from wanrt.kernels.reference import LARGEST, Quantized
+from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.rotation import MMA, TURNED, rotate
 from wanrt.kernels.target import Target
 
+TURNED_VALUES = 8192  # of one program: the more, the more rows share the matrix; twice that spills
 MAX_WIDTH = 16384  # fp32 values of a row that fit the registers of one program
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,6 +62,7 @@ def _layer_norm_kernel(
     eps,
     largest,
     ADD_ONE: tl.constexpr,
+    HADAMARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -83,6 +86,9 @@ def _layer_norm_kernel(
         tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
     else:
         y = tl.where(mask, y, 0.0)
+        if HADAMARD:
+            turned = rotate(tl.reshape(y, (BLOCK_M * BLOCK_D // TURNED, TURNED)))
+            y = tl.reshape(turned, (BLOCK_M, BLOCK_D))
         store_quantized(y, target, mask, out_scale_ptr + row, exists, largest)
 
 
@@ -176,14 +182,20 @@ def layer_norm_modulate(
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hadamard: bool = False,
 ) -> Quantized:
     """See `reference.layer_norm_modulate_quantize`."""
+    assert not hadamard or x.shape[-1] % GROUP == 0, f"{x.shape=}"
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     out_scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     scale, shift = _dense(scale), _dense(shift)
     strides = _broadcast(scale, x)
-    _layer_norm(_rows_dense(x), scale, shift, strides, eps, out, out_scale, add_one=True)
+    _layer_norm(_rows_dense(x), scale, shift, strides, eps, out, out_scale, True, hadamard)
     return Quantized(out, out_scale)
 
 
@@ -246,9 +258,13 @@ def _layer_norm(
     out: Tensor,
     out_scale: Tensor | None,
     add_one: bool = False,
+    hadamard: bool = False,
 ) -> None:
     b, length, width = x.shape
     rows, warps = _tile(x)
+    columns = triton.next_power_of_2(width)
+    if hadamard:
+        rows, warps = max(rows, TURNED_VALUES // columns), 8
     launch(
         _layer_norm_kernel,
         (triton.cdiv(b * length, rows),),
@@ -265,9 +281,11 @@ def _layer_norm(
         eps,
         LARGEST.get(out.dtype, 1.0),
         ADD_ONE=add_one,
+        HADAMARD=hadamard,
         BLOCK_M=rows,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=columns,
         num_warps=warps,
+        mma=(MMA[torch.float32],) if hadamard else (),
     )
 
 

@@ -1,9 +1,7 @@
 """Eight-bit activations in Triton: one pass over a row or its groups, rotated first if asked.
 
 What it computes is said in `reference.quantize`, bit for bit where nothing is rotated. Groups of
-columns are rows of their own: a program takes BLOCK_M of them whole. The rotation is a product with
-a matrix of +-1 on the tensor cores, made in registers, for each 128 columns.
-Source of the rotation: QuaRot, arXiv:2404.00456.
+columns are rows of their own: a program takes BLOCK_M of them whole.
 """
 
 from typing import NamedTuple
@@ -13,20 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast, dot, store_quantized
-from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.arithmetic import store_quantized
+from wanrt.kernels.launch import INTERPRETER, arch_of, launch
 from wanrt.kernels.norm import DTYPES, MAX_WIDTH
 from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.rotation import MIN_TURNED, MMA, TURNED, rotate
 from wanrt.kernels.target import Target
-
-TURNED: tl.constexpr = tl.constexpr(GROUP)
-ROOT: tl.constexpr = tl.constexpr(GROUP**-0.5)
-MIN_TURNED = 16  # groups of 128 that a tensor-core product takes at least
-MMA = {
-    torch.bfloat16: Mma("bf16", "f32"),
-    torch.float16: Mma("f16", "f32"),
-    torch.float32: Mma("bf16", "f32"),
-}
 
 
 class Tile(NamedTuple):
@@ -51,26 +41,6 @@ def _tile(x: Tensor, group: int, hadamard: bool) -> Tile:
     return Tile(rows, columns, max(4, min(8, rows * columns // 1024)))
 
 
-@triton.jit
-def _rotate(x):
-    """x H / sqrt(128), x [R, 128] of any float dtype, in fp32; H[i, j] = (-1)^popcount(i & j)."""
-    column = tl.arange(0, TURNED)
-    parity = column[:, None] & column[None, :]
-    parity ^= parity >> 4
-    parity ^= parity >> 2
-    parity ^= parity >> 1
-    acc = tl.zeros((x.shape[0], TURNED), tl.float32)
-    if x.dtype == tl.float32:
-        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), tl.bfloat16)
-        high = cast(x, tl.bfloat16)
-        low = cast(x - high.to(tl.float32), tl.bfloat16)  # together 16 bits of x
-        acc = dot(high, signs, dot(low, signs, acc, tl.float32), tl.float32)
-    else:
-        signs = cast((1 - 2 * (parity & 1)).to(tl.float32), x.dtype)
-        acc = dot(x, signs, acc, tl.float32)
-    return acc * ROOT
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantize_kernel(
     x_ptr,
@@ -93,7 +63,7 @@ def _quantize_kernel(
     source = (row // groups).to(tl.int64) * stride_xm + row % groups * width
     x = tl.load(x_ptr + source[:, None] + column[None, :], mask, 0.0)
     if HADAMARD:
-        turned = _rotate(tl.reshape(x, (BLOCK_M * BLOCK_D // TURNED, TURNED)))
+        turned = rotate(tl.reshape(x, (BLOCK_M * BLOCK_D // TURNED, TURNED)))
         x = tl.reshape(turned, (BLOCK_M, BLOCK_D))
     y = x.to(tl.float32)
     target = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-30  # stands for the largest absolute value of a row of zeros
+FP8_BITS = 8  # the largest power of two that fp8 (e4m3) holds
 GROUP = 128  # columns that are rotated together, and that one scale of a linear's result covers
 
 
@@ -100,10 +101,16 @@ def dequantize(x: Quantized) -> Tensor:
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hadamard: bool = False,
 ) -> Quantized:
-    """`quantize(layer_norm_modulate(x, scale, shift, eps))`, one scale for each row."""
-    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
+    """`quantize(layer_norm_modulate(x, scale, shift, eps), dtype, hadamard)`: a scale a row."""
+    y = layer_norm_modulate(x, scale, shift, eps, torch.float32)
+    return quantize(y, dtype, hadamard=hadamard)
 
 
 def linear_quantized(
@@ -139,13 +146,14 @@ def linear_quantized_out(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
     activation: str | None = None,
+    hadamard: bool = False,
 ) -> Quantized:
-    """`quantize(linear_quantized(x, weight, bias, fp32, activation), dtype, group=128)`.
+    """`quantize(linear_quantized(x, weight, bias, fp32, activation), dtype, 128, hadamard)`.
 
     What the next linear takes: values [..., O] in dtype (int8 or fp8), scale [..., O / 128].
     """
     y = linear_quantized(x, weight, bias, torch.float32, activation)
-    return quantize(y, dtype, GROUP)
+    return quantize(y, dtype, GROUP, hadamard)
 
 
 def linear_gated_residual(
@@ -231,31 +239,33 @@ def attention(
 
 
 class Preparation(NamedTuple):
-    """What q, k and v meet before the products of `attention_int8`, fp32; factors are powers of 2.
+    """What q, k and v meet before the products of `attention_int8`, fp32 [B, H, 1, hd].
 
-    k loses its mean; then q and k meet their factors.
+    k loses its mean over the keys, v where it becomes fp8; then all three meet powers of two.
     """
 
-    mean: Tensor  # [B, H, 1, hd], of k over the keys
-    q_factor: Tensor  # [B, H, 1, hd]
-    k_factor: Tensor  # [B, H, 1, hd], the inverse
-    v_scale: Tensor  # [B, H, 1, 1]: v / v_scale lies in [-1, 1]
+    k_mean: Tensor
+    q_factor: Tensor
+    k_factor: Tensor  # the inverse of q_factor
+    v_mean: Tensor  # zeros for fp16
+    v_scale: Tensor  # (v - v_mean) / v_scale lies within 1, or 2^8 for fp8; for fp16 one a head
 
 
-def prepare_int8(q: Tensor, k: Tensor, v: Tensor) -> Preparation:
-    """Three numbers of each channel and one of each head, all from ranges over the tokens."""
-    k_low, k_high = k.aminmax(dim=2, keepdim=True)
-    q_exponent = _exponent(_largest(q))
-    k_exponent = _exponent(k_high.float() - k_low.float())
+def prepare_int8(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype) -> Preparation:
+    """Five numbers of each channel, all from ranges and means over the tokens."""
+    of_q, of_k, of_v = _range(q), _range(k), _range(v)
+    q_exponent = _exponent(torch.maximum(of_q.high, -of_q.low))
+    k_exponent = _exponent(of_k.high - of_k.low)
     exponent = ((k_exponent - q_exponent) >> 1).clamp(-8, 8)  # fp16 holds 2^-8 and 2^8 alike
-    one = torch.ones_like(exponent, dtype=torch.float32)
-    v_exponent = _exponent(_largest(v).amax(-1, keepdim=True))
-    return Preparation(
-        k.mean(2, keepdim=True, dtype=torch.float32),
-        torch.ldexp(one, exponent),
-        torch.ldexp(one, -exponent),
-        torch.ldexp(one[..., :1], v_exponent),
-    )
+    one = torch.ones_like(of_k.mean)
+    factors = torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
+    v_mean = of_v.mean if v_dtype == torch.float8_e4m3fn else torch.zeros_like(one)
+    v_exponent = _exponent(torch.maximum(of_v.high - v_mean, v_mean - of_v.low))
+    if v_dtype == torch.float8_e4m3fn:
+        v_exponent -= FP8_BITS
+    else:
+        v_exponent = v_exponent.amax(-1, keepdim=True).expand_as(one)
+    return Preparation(of_k.mean, *factors, v_mean, torch.ldexp(one, v_exponent))
 
 
 def attention_int8(
@@ -271,18 +281,44 @@ def attention_int8(
     Probabilities are rounded relative to the largest of their row. hd is a power of two.
     Source: arXiv 2410.02367 (mean), 2211.10438 (factors), 2404.00456 (Hadamard).
     """
+    ready = prepare_int8(q, k, v, torch.float16)
+    p = _int8_probabilities(q, k, bias, scale, ready) * 256  # fp16 holds a 2^32nd of the largest
+    v16 = (v.float() / ready.v_scale).half()
+    return (p.half().float() @ v16.float() / p.sum(-1, keepdim=True) * ready.v_scale).to(v.dtype)
+
+
+def attention_int8_fp8(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """`attention_int8` whose p v multiplies fp8 (e4m3): a row's largest p becomes 448.
+
+    v loses its mean over the keys, which is added to the result, for probabilities add up to one;
+    a power of two for each channel then makes it lie within 2^8.
+    Tensor cores may add up 64 keys in as few bits as they have (13 on Ada and Hopper); such sums
+    add up in fp32. Probabilities below a 2^19th of a row's largest are lost.
+    Source: SageAttention2, arXiv 2411.10958, for fp8, its sums in two levels, and v's mean.
+    """
+    ready = prepare_int8(q, k, v, torch.float8_e4m3fn)
+    p = _int8_probabilities(q, k, bias, scale, ready) * LARGEST[torch.float8_e4m3fn]
+    p8 = p.to(torch.float8_e4m3fn)
+    v8 = ((v.float() - ready.v_mean) / ready.v_scale).to(torch.float8_e4m3fn)
+    y = p8.float() @ v8.float() / p.sum(-1, keepdim=True)
+    return (y * ready.v_scale + ready.v_mean).to(v.dtype)
+
+
+def _int8_probabilities(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None, ready: Preparation
+) -> Tensor:
+    """exp(score - the row's largest), fp32 [B, H, L, n]."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    ready = prepare_int8(q, k, v)
     turn = hadamard_matrix(q.shape[-1], q.device)
     q8 = quantize((q.float() * ready.q_factor) @ turn, torch.int8)
-    k8 = quantize(((k.float() - ready.mean) * ready.k_factor) @ turn, torch.int8)
+    k8 = quantize(((k.float() - ready.k_mean) * ready.k_factor) @ turn, torch.int8)
     scores = q8.values.float() @ k8.values.float().transpose(-1, -2)  # whole numbers below 2^24
     scores = scores * q8.scale * k8.scale.transpose(-1, -2) * (scale / q.shape[-1])
     if bias is not None:
         scores = scores + bias.float()
-    p = (scores - scores.amax(-1, keepdim=True)).exp() * 256  # fp16 holds a 2^32nd of the largest
-    v16 = (v.float() / ready.v_scale).half()
-    return (p.half().float() @ v16.float() / p.sum(-1, keepdim=True) * ready.v_scale).to(v.dtype)
+    return (scores - scores.amax(-1, keepdim=True)).exp()
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
@@ -370,10 +406,17 @@ def _conv(
     return F.conv3d(x.float().contiguous(), weight.float(), bias.float(), stride, padding)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """The largest absolute value of each channel over the tokens, [B, H, 1, hd]."""
+class _Range(NamedTuple):
+    """Of each channel over the tokens, fp32 [B, H, 1, hd]."""
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+
+
+def _range(x: Tensor) -> _Range:
     low, high = x.aminmax(dim=2, keepdim=True)
-    return torch.maximum(high.float(), -low.float())
+    return _Range(low.float(), high.float(), x.mean(2, keepdim=True, dtype=torch.float32))
 
 
 def _exponent(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from wanrt.kernels.launch import INTERPRETING
-from wanrt.kernels.target import MIN_ARCH_FP8, Target, UnsupportedOp
+from wanrt.kernels.target import Target, UnsupportedOp, lacks_fp8
 
 BACKENDS = ("triton", "torch", "reference")  # the order of preference
 MIN_ARCH = 80  # the oldest cards that multiply bf16
@@ -41,7 +41,8 @@ OPS = {
         Op("rms_norm_rope", "torch_ops", "norm"),
         Op("gelu", "torch_ops"),
         Op("attention", "torch_ops", "attention"),
-        Op("attention_int8", "torch_quantize", "attention_int8"),
+        Op("attention_int8", "torch_attention", "attention_int8"),
+        Op("attention_int8_fp8", "torch_attention", "attention_int8"),
         Op("quantize", "torch_quantize", "quantize"),
         Op("quantize_weight", "torch_quantize"),
         Op("dequantize", "torch_quantize"),
@@ -119,12 +120,11 @@ def _triton_lacks(target: Target) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if target.device == "cuda":
-        fp8 = torch.float8_e4m3fn in (target.dtype, target.result)
-        needed = MIN_ARCH_FP8 if fp8 else MIN_ARCH
-        if target.arch >= needed:
+        if torch.float8_e4m3fn in (target.dtype, target.result):
+            return lacks_fp8(target)
+        if target.arch >= MIN_ARCH:
             return None
-        what = "fp8 needs" if fp8 else "needs"
-        return f"{what} compute capability {needed / 10}, not {target.arch / 10}"
+        return f"needs compute capability {MIN_ARCH / 10}, not {target.arch / 10}"
     if target.device == "cpu" and INTERPRETING:
         return None
     return f"needs an NVIDIA GPU; on {target.device} only its interpreter runs (TRITON_INTERPRET=1)"

@@ -22,3 +22,10 @@ class Target(NamedTuple):
     arch: int
     dtype: torch.dtype
     result: torch.dtype | None = None
+
+
+def lacks_fp8(target: Target) -> str | None:
+    """Why a GPU cannot, or None."""
+    if target.device != "cuda" or target.arch >= MIN_ARCH_FP8:
+        return None
+    return f"fp8 needs compute capability {MIN_ARCH_FP8 / 10}, not {target.arch / 10}"

@@ -47,9 +47,11 @@ def linear_quantized_out(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
     activation: str | None = None,
+    hadamard: bool = False,
 ) -> Quantized:
     """See `reference.linear_quantized_out`."""
-    return quantize(linear_quantized(x, weight, bias, torch.float32, activation), dtype, GROUP)
+    y = linear_quantized(x, weight, bias, torch.float32, activation)
+    return quantize(y, dtype, GROUP, hadamard)
 
 
 def linear_gated_residual(

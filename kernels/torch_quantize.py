@@ -1,19 +1,9 @@
 """Eight-bit formats in plain PyTorch: CPU path and fallback."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels.reference import (
-    LARGEST,
-    TINY,
-    Quantized,
-    hadamard_matrix,
-    prepare_int8,
-    rotate,
-)
+from wanrt.kernels.reference import LARGEST, TINY, Quantized, rotate
 from wanrt.kernels.torch_ops import layer_norm_modulate
 
 
@@ -41,23 +31,13 @@ def dequantize(x: Quantized) -> Tensor:
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hadamard: bool = False,
 ) -> Quantized:
     """See `reference.layer_norm_modulate_quantize`."""
-    return quantize(layer_norm_modulate(x, scale, shift, eps, torch.float32), dtype)
-
-
-def attention_int8(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """See `reference.attention_int8`. The same numbers from fp32 products, at their speed."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    ready = prepare_int8(q, k, v)
-    turn = hadamard_matrix(q.shape[-1], q.device)
-    q32 = (q.float() * ready.q_factor) @ turn
-    k32 = ((k.float() - ready.mean) * ready.k_factor) @ turn
-    q32, k32 = (dequantize(quantize(x, torch.int8)) for x in (q32, k32))
-    v32 = (v.float() / ready.v_scale).half().float()
-    bias = None if bias is None else bias.float()
-    y = F.scaled_dot_product_attention(q32, k32, v32, attn_mask=bias, scale=scale / q.shape[-1])
-    return (y * ready.v_scale).to(v.dtype)
+    y = layer_norm_modulate(x, scale, shift, eps, torch.float32)
+    return quantize(y, dtype, hadamard=hadamard)

@@ -36,6 +36,33 @@ def test_every_kernel_compiles_as_it_is_meant(tmp_path: Path) -> None:
         )
 
 
+def test_fp8_attention_compiles_as_it_is_meant(tmp_path: Path) -> None:
+    """Every fp8 product starts from a constant: what came before is added in fp32, not in it.
+
+    And no byte of its operands is moved in registers (prmt): they lie as the product wants them.
+    """
+    program = """
+import torch
+from triton.runtime import driver
+from wanrt.bench import compile as gate
+from wanrt.kernels.cases import all_cases
+driver.set_active(gate._Driver(89))
+*_, last = gate.launches(all_cases()["attention_int8_fp8-1.3B-480p"], 89, torch.bfloat16)
+code = last.kernel.warmup(*last.args, grid=last.grid, **last.options).asm
+print(code["ttgir"], code["ptx"])
+"""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    products = [line for line in done.stdout.splitlines() if "tt.dot " in line and "f8E4" in line]
+    assert len(products) == 2  # the whole blocks, the last
+    for product in products:
+        first_sum = product.split("tt.dot ")[1].split(",")[2].split()[0]
+        assert first_sum.startswith("%cst"), product
+    assert "mma.sync" in done.stdout and "prmt" not in done.stdout
+
+
 @pytest.mark.parametrize("name", TRITON_OPS)
 def test_every_op_is_compiled_and_interpreted(name: str) -> None:
     sizes = {case.size for case in all_cases().values() if case.op == name}
