@@ -12,7 +12,6 @@ from wanrt.memory.vae_byte_walk import Backend, ByteWalk, Held
 from wanrt.memory.vae_op_bytes import Clip, Conv
 from wanrt.vae_shapes import (
     Band,
-    Rows,
     decoder_bands,
     decoder_stages,
     default_chunk,
@@ -36,11 +35,14 @@ def decode_bytes(
     work: VaeWork,
     backend: Backend | None = None,
 ) -> VaeBytes:
-    """Of decode_chunks for `height x width` pixels; backend None: triton for 16 bits, else torch."""
+    """Of decode_chunks for `height x width` pixels.
+
+    backend: whose ops run; None: triton's for 16 bits an element, else torch's.
+    """
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
     stages = decoder_stages(spec)
-    walk = ByteWalk(element_size, work, backend)
+    walk = ByteWalk(element_size, work, backend, h)
     latents = walk.hold(Clip(spec.z_dim, frames, h, w))
     walk.spike(4 * latents.clip.size * 4)
     x = walk.middle(walk.conv(latents, Conv(stages[0].widths[0])))
@@ -71,7 +73,7 @@ def encode_bytes(
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
     stages = encoder_stages(spec)
-    walk = ByteWalk(element_size, work, backend)
+    walk = ByteWalk(element_size, work, backend, h)
     dense = Clip(stages[-1].out, frames, h, w)
     side = spec.patch
     pixels = Clip(3 * side**2, frames * spec.temporal_stride, height // side, width // side)
@@ -85,7 +87,7 @@ def encode_bytes(
         walk.spike(2 * dense.size * element_size)
         walk.live = 0
         walk.hold(dense)
-    walk.rows = Rows(0, h, h)
+    walk.start(h)
     walk.conv(walk.middle(Held(dense, dense.size * element_size)), Conv(2 * spec.z_dim, norm=True))
     caches.append(walk.take_caches())
     return _total(walk, caches)
@@ -96,7 +98,7 @@ def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> Non
     stages = decoder_stages(spec)
     doubling = [i for i, stage in enumerate(stages) if stage.mode == "upsample3d"]
     free = doubling[-1] + 1 if doubling else 0
-    walk.start(band)
+    walk.start(band.given.height)
     x = walk.narrow(Held(middle.clip, 0), band.given)
     for stage in stages[:free]:
         x = walk.stage(x, stage, band, spec.residual)
@@ -120,7 +122,7 @@ def _encode_band(walk: ByteWalk, pixels: Clip, spec: VaeSpec, band: Band) -> Hel
     stages = encoder_stages(spec)
     held = walk.hold(pixels)
     walk.spike(2 * held.stored)
-    walk.start(band)
+    walk.start(band.given.height)
     x = walk.conv(walk.narrow(held, band.given), Conv(stages[0].widths[0]))
     x = walk.narrow(x, walk.rows.trimmed())
     for stage in stages:
