@@ -1,5 +1,7 @@
 """The bytes predicted for a VAE against the storage its modules allocate, at real sizes."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ WORKS = [
     VaeWork(1, band=16),
     VaeWork(2, band=23, frames=2),
 ]
-PREDICT = {"decode": decode_bytes, "encode": encode_bytes}
+PREDICT = {"decode": decode_bytes, "encode": partial(encode_bytes, still=False)}
 
 
 def measure(
@@ -102,6 +104,16 @@ def test_bands_and_hosts_take_caches_off_the_device(side: str) -> None:
     assert whole.caches < in_time.caches and by_band.caches < whole.caches / 2
     hosted = predict(spec, *size, VaeWork(1, band=10, host=True))
     assert hosted.caches == 0 and hosted.activations > in_time.activations
+
+
+def test_a_still_clip_keeps_a_little_more() -> None:
+    """Each band one activation at half size; whole frames no more than they held before."""
+    size = (720, 1280, 4)
+    for work, least, most in ((VaeWork(1), 1, 1.001), (VaeWork(1, band=10), 1.05, 1.4)):
+        usual = encode_bytes(SPECS["2.1"], *size, work, still=False)
+        still = encode_bytes(SPECS["2.1"], *size, work)
+        assert still.caches == usual.caches
+        assert least <= still.activations / usual.activations <= most
 
 
 def test_caches_are_those_of_the_specification() -> None:

@@ -65,10 +65,11 @@ def encode_bytes(
     element_size: int,
     work: VaeWork,
     backend: Backend | None = None,
+    still: bool = True,
 ) -> VaeBytes:
     """Of encode_chunks for `height x width` pixels; see decode_bytes.
 
-    NOTE: `still` keeps one activation more, at most the largest that a residual block is given.
+    still: as WanVAE.encode has it; then every band keeps what enters its second stage.
     """
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
@@ -77,15 +78,19 @@ def encode_bytes(
     dense = Clip(stages[-1].out, frames, h, w)
     side = spec.patch
     pixels = Clip(3 * side**2, frames * spec.temporal_stride, height // side, width // side)
-    caches = []
-    for band in encoder_bands(spec, h, work.band):
+    bands, caches = encoder_bands(spec, h, work.band), []
+    kept = [_second_stage(pixels, spec, band) * element_size for band in bands]
+    of_others = still and work.order == "time"
+    for band, own in zip(bands, kept, strict=True):
+        walk.live += (sum(kept) - own) * of_others
         y = _encode_band(walk, pixels, spec, band)
+        walk.live -= (sum(kept) - own) * of_others
         caches.append(walk.take_caches())
         if work.order == "bands":
             walk.free(y)
     if work.band:
         walk.spike(2 * dense.size * element_size)
-        walk.live = 0
+        walk.live = sum(kept) * of_others
         walk.hold(dense)
     walk.start(h)
     walk.conv(walk.middle(Held(dense, dense.size * element_size)), Conv(2 * spec.z_dim, norm=True))
@@ -129,6 +134,12 @@ def _encode_band(walk: ByteWalk, pixels: Clip, spec: VaeSpec, band: Band) -> Hel
         x = walk.stage(x, stage, band, spec.residual)
     walk.free(held)
     return x
+
+
+def _second_stage(pixels: Clip, spec: VaeSpec, band: Band) -> int:
+    """Elements of what enters it."""
+    rows, stage = band.levels[1], encoder_stages(spec)[0]
+    return Clip(stage.out, pixels.frames, rows.stop - rows.start, pixels.width // 2).size
 
 
 def _total(walk: ByteWalk, caches: list[int]) -> VaeBytes:
