@@ -187,6 +187,8 @@ def test_a_banded_state_goes_on_where_it_stopped(spec: VaeSpec) -> None:
         assert torch.equal(rest, torch.cat([part for part, _ in steps[2:]], 2))
         with pytest.raises(UsageError, match="3 bands"):
             next(run(clip, state, work=VaeWork(1, band=4)))
+        with pytest.raises(UsageError, match="0 bands"):
+            next(run(clip, next(run(clip))[1], work=work))
         with pytest.raises(UsageError, match="'bands'"):
             next(run(clip, state, work=VaeWork(1, band=3, order="bands")))
 

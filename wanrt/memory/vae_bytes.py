@@ -78,24 +78,34 @@ def encode_bytes(
     dense = Clip(stages[-1].out, frames, h, w)
     side = spec.patch
     pixels = Clip(3 * side**2, frames * spec.temporal_stride, height // side, width // side)
-    bands, caches = encoder_bands(spec, h, work.band), []
-    kept = [_second_stage(pixels, spec, band) * element_size for band in bands]
-    of_others = still and work.order == "time"
-    for band, own in zip(bands, kept, strict=True):
-        walk.live += (sum(kept) - own) * of_others
-        y = _encode_band(walk, pixels, spec, band)
-        walk.live -= (sum(kept) - own) * of_others
-        caches.append(walk.take_caches())
-        if work.order == "bands":
-            walk.free(y)
-    if work.band:
-        walk.spike(2 * dense.size * element_size)
-        walk.live = sum(kept) * of_others
-        walk.hold(dense)
+    caches = _encode_bands(walk, pixels, spec, encoder_bands(spec, h, work.band), still)
+    walk.spike((3 if work.band else 1) * dense.size * element_size)
     walk.start(h)
-    walk.conv(walk.middle(Held(dense, dense.size * element_size)), Conv(2 * spec.z_dim, norm=True))
+    walk.conv(walk.middle(walk.hold(dense)), Conv(2 * spec.z_dim, norm=True))
     caches.append(walk.take_caches())
     return _total(walk, caches)
+
+
+def _encode_bands(
+    walk: ByteWalk, pixels: Clip, spec: VaeSpec, bands: tuple[Band, ...], still: bool
+) -> list[int]:
+    """Every band in turn; leaves live what they keep. Returns their caches."""
+    caches, in_time = [], walk.work.order == "time"
+    kept = [_second_stage(pixels, spec, band) * walk.size for band in bands]
+    total = sum(kept) if still and in_time else 0
+    results = []
+    for band, own in zip(bands, kept, strict=True):
+        others = max(0, total - own)
+        walk.live += others
+        results.append(_encode_band(walk, pixels, spec, band))
+        walk.live -= others
+        caches.append(walk.take_caches())
+        if not in_time:
+            walk.free(results.pop())
+    for y in results:
+        walk.free(y)
+    walk.live += total
+    return caches
 
 
 def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> None:
