@@ -207,7 +207,7 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     assert q.dtype == k.dtype == v.dtype, f"{q.dtype=} {k.dtype=} {v.dtype=}"
     operand = {torch.bfloat16: "bf16", torch.float16: "f16"}[q.dtype]
-    return attend(q, k, v, bias, scale, None, v.dtype, (Mma(operand, "f32"),))
+    return attend(q, k, v, bias, scale, None, empty_heads(q, v.dtype), (Mma(operand, "f32"),))
 
 
 def attend(
@@ -217,18 +217,19 @@ def attend(
     bias: Tensor | None,
     scale: float,
     scales: Scales | None,
-    dtype: torch.dtype,
+    out: Tensor,
     mma: tuple[Mma, ...],
 ) -> Tensor:
-    """Start the kernel. With `scales`, q and k are int8, v fp16, or fp8 as the kernel wants it."""
+    """Start the kernel, which fills `out`.
+
+    With `scales`, q and k are int8, v fp16, or fp8 as the kernel wants it.
+    """
     b, num_heads, length, head_dim = q.shape
     num_keys = k.shape[2]
     assert head_dim <= MAX_HEAD_DIM and scale > 0, f"{q.shape=} {scale=}"
     assert k.shape == (b, num_heads, num_keys, head_dim), f"{k.shape=}"
     assert v.shape == k.shape or v.dtype == torch.float8_e4m3fn, f"{v.shape=}"
     q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
-    out = torch.empty(b, length, num_heads, head_dim, dtype=dtype, device=q.device)
-    out = out.transpose(1, 2)
     width = max(32, triton.next_power_of_2(head_dim))
     tile = tile_of(q)
     launch(
@@ -263,6 +264,12 @@ def attend(
 
 def tile_of(x: Tensor) -> Tile:
     return TILE_INTERPRETER if arch_of(x) == INTERPRETER else TILE
+
+
+def empty_heads(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view [B, H, L, hd] of [B, L, H, hd]: heads that are joined without a copy."""
+    b, num_heads, length, head_dim = q.shape
+    return torch.empty(b, length, num_heads, head_dim, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 def rows_dense(x: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from wanrt.kernels.attention import DTYPES, attend
+from wanrt.kernels.attention import DTYPES, attend, empty_heads
 from wanrt.kernels.attention_prepare import prepare
 from wanrt.kernels.launch import Mma, arch_of
+from wanrt.kernels.limits import heads_at_once
 from wanrt.kernels.target import Target, lacks_fp8
 
 # Data-centre cards add up in fp32 as fast as in fp16.
@@ -46,13 +47,22 @@ def _attend(
     v_dtype: torch.dtype,
     values: Mma,
 ) -> Tensor:
-    """Peak: q and k in half their size, v in v_dtype, a number of each head and token."""
-    head_dim = q.shape[-1]
+    """Some heads after the others, so that what is made of q, k and v stays small beside them.
+
+    Peak beside the result: `limits.ATTENTION_AT_ONCE` bytes, or those of one head.
+    """
+    b, num_heads, length, head_dim = q.shape
     assert head_dim in (32, 64, 128), f"{q.shape=}"
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    x = prepare(q, k, v, v_dtype)
+    out = empty_heads(q, v.dtype)
     mma = (Mma("s8", "s32"), values)
-    return attend(x.q, x.k, x.v, bias, scale / head_dim, x.scales, v.dtype, mma)
+    size = heads_at_once(b * length, b * k.shape[2], head_dim, v_dtype.itemsize)
+    for first in range(0, num_heads, size):
+        heads = slice(first, first + size)
+        x = prepare(q[:, heads], k[:, heads], v[:, heads], v_dtype)
+        part = bias if bias is None or bias.ndim < 4 or bias.shape[1] == 1 else bias[:, heads]
+        attend(x.q, x.k, x.v, part, scale / head_dim, x.scales, out[:, heads], mma)
+    return out
 
 
 def supports(op: str, target: Target) -> str | None:

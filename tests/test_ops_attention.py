@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference, registry
+from wanrt.kernels import limits, reference, registry
 from wanrt.kernels.cases_attention import heads, real
 from wanrt.kernels.reference import dequantize, quantize
 from wanrt.kernels.target import Target
@@ -123,3 +123,14 @@ def test_heads_of_the_result_join_without_a_copy(name: str) -> None:
     function = op(name, "triton", torch.bfloat16)
     q = heads(2, 3, 5, 64).to(DEVICE, torch.bfloat16)
     assert function(q, q, q).transpose(1, 2).is_contiguous()
+
+
+@EIGHT_BITS
+def test_heads_in_groups_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = op(name, "triton", torch.float16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, n, 64, device=DEVICE).half() for n in (40, 33, 33))
+    bias = torch.randn(1, 5, 1, 33, device=DEVICE)
+    whole = function(q, k, v, bias)
+    monkeypatch.setattr(limits, "ATTENTION_AT_ONCE", 2 * 64 * (40 + 33 * 3))  # two heads or three
+    assert torch.equal(function(q, k, v, bias), whole)

@@ -10,7 +10,7 @@ from torch import Tensor
 from wanrt.config import VaeSpec, VaeWork
 from wanrt.errors import OutputError, UsageError
 from wanrt.kernels import reference
-from wanrt.models import vae_spool
+from wanrt.models import vae_layers, vae_spool
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import TORCH, CausalState, VaeOps
 from wanrt.models.vae_spool import Spool
@@ -187,8 +187,26 @@ def test_a_banded_state_goes_on_where_it_stopped(spec: VaeSpec) -> None:
         assert torch.equal(rest, torch.cat([part for part, _ in steps[2:]], 2))
         with pytest.raises(UsageError, match="3 bands"):
             next(run(clip, state, work=VaeWork(1, band=4)))
+        with pytest.raises(UsageError, match="0 bands"):
+            next(run(clip, next(run(clip))[1], work=work))
         with pytest.raises(UsageError, match="'bands'"):
             next(run(clip, state, work=VaeWork(1, band=3, order="bands")))
+
+
+def test_attention_takes_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = random_vae(WAN_21)
+    latents, _ = draw(WAN_21, 1, 7, 5)
+    expected = vae.decode(latents)
+    sizes, attend = [], F.scaled_dot_product_attention
+
+    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes.append((q.shape[2], k.shape[2]))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(vae_layers, "_SCORES", 10 * 35)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    assert (vae.decode(latents) - expected).abs().max() <= 1e-6
+    assert sizes == [(10, 35), (10, 35), (10, 35), (5, 35)]
 
 
 def test_a_full_disk_is_told_and_leaves_no_file(

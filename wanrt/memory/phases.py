@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wanrt.config import VaeWork, WanSpec
+from wanrt.kernels.limits import heads_at_once
 from wanrt.memory.dit_bytes import (
     DitWeights,
     Format,
@@ -158,8 +159,10 @@ def step_operations(spec: WanSpec, tokens: Tokens) -> float:
 
 
 def _quantised_extra(spec: WanSpec, tokens: Tokens) -> int:
-    """What eight-bit attention makes of q, k (one byte each) and v (fp16) before its products."""
-    return 4 * tokens.length * spec.dit.dim
+    """What eight-bit attention makes of q, k and v before its products, some heads at a time."""
+    size = spec.dit.head_dim
+    heads = heads_at_once(tokens.length, tokens.length, size, value_bytes=2)
+    return 4 * tokens.length * size * min(heads, spec.dit.num_heads)
 
 
 def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:

@@ -19,17 +19,18 @@ class Held(NamedTuple):
 class ByteWalk:
     """Bytes and the rows that a band holds; what a method frees or holds, it says."""
 
-    def __init__(self, element_size: int, work: VaeWork, backend: Backend | None) -> None:
+    def __init__(
+        self, element_size: int, work: VaeWork, backend: Backend | None, height: int
+    ) -> None:
         backend = backend or ("triton" if element_size == 2 else "torch")
         self.ops = (TorchOps if backend == "torch" else TritonOps)(element_size)
         self.size, self.work = element_size, work
         self.live = self.peak = self.caches = 0
-        self.rows = Rows(0, 1, 1)  # of a whole frame: nothing is trimmed
-        self.level = 0
+        self.start(height)
 
-    def start(self, band: Band) -> None:
-        """What comes next is a whole frame, of which the band takes its rows."""
-        self.level, self.rows = 0, Rows(0, band.given.height, band.given.height)
+    def start(self, height: int) -> None:
+        """What comes next is a whole frame."""
+        self.level, self.rows = 0, Rows(0, height, height)
 
     def take_caches(self) -> int:
         caches, self.caches = self.caches, 0
@@ -72,9 +73,7 @@ class ByteWalk:
 
     def block(self, x: Held, out: int, keep: bool = False) -> Held:
         """A residual block; `keep`: somebody else holds x as well."""
-        full = self.rows.height == 1
-        y, rows = self.conv(x, Conv(out, norm=True)), self.rows
-        y = y if full else self.narrow(y, rows.trimmed())
+        y = self.narrow(self.conv(x, Conv(out, norm=True)), self.rows.trimmed())
         if x.clip.channels != out:
             beside = x.clip._replace(rows=y.clip.rows, cropped=x.clip.cropped or y.clip.cropped)
             shortcut = self.conv(Held(beside, x.stored), Conv(out, past=0))
@@ -83,7 +82,7 @@ class ByteWalk:
             self.free(shortcut)
         if not keep:
             self.free(x)
-        return y if full else self.narrow(y, self.rows.trimmed())
+        return self.narrow(y, self.rows.trimmed())
 
     def stage(self, x: Held, stage: Stage, band: Band, residual: bool) -> Held:
         """Frees x. A residual stage holds it to its end, for the shortcut."""

@@ -12,7 +12,6 @@ from wanrt.memory.vae_byte_walk import Backend, ByteWalk, Held
 from wanrt.memory.vae_op_bytes import Clip, Conv
 from wanrt.vae_shapes import (
     Band,
-    Rows,
     decoder_bands,
     decoder_stages,
     default_chunk,
@@ -36,11 +35,14 @@ def decode_bytes(
     work: VaeWork,
     backend: Backend | None = None,
 ) -> VaeBytes:
-    """Of decode_chunks for `height x width` pixels; backend None: triton for 16 bits, else torch."""
+    """Of decode_chunks for `height x width` pixels.
+
+    backend: whose ops run; None: triton's for 16 bits an element, else torch's.
+    """
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
     stages = decoder_stages(spec)
-    walk = ByteWalk(element_size, work, backend)
+    walk = ByteWalk(element_size, work, backend, h)
     latents = walk.hold(Clip(spec.z_dim, frames, h, w))
     walk.spike(4 * latents.clip.size * 4)
     x = walk.middle(walk.conv(latents, Conv(stages[0].widths[0])))
@@ -63,32 +65,47 @@ def encode_bytes(
     element_size: int,
     work: VaeWork,
     backend: Backend | None = None,
+    still: bool = True,
 ) -> VaeBytes:
     """Of encode_chunks for `height x width` pixels; see decode_bytes.
 
-    NOTE: `still` keeps one activation more, at most the largest that a residual block is given.
+    still: as WanVAE.encode has it; then every band keeps what enters its second stage.
     """
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
     stages = encoder_stages(spec)
-    walk = ByteWalk(element_size, work, backend)
+    walk = ByteWalk(element_size, work, backend, h)
     dense = Clip(stages[-1].out, frames, h, w)
     side = spec.patch
     pixels = Clip(3 * side**2, frames * spec.temporal_stride, height // side, width // side)
-    caches = []
-    for band in encoder_bands(spec, h, work.band):
-        y = _encode_band(walk, pixels, spec, band)
-        caches.append(walk.take_caches())
-        if work.order == "bands":
-            walk.free(y)
-    if work.band:
-        walk.spike(2 * dense.size * element_size)
-        walk.live = 0
-        walk.hold(dense)
-    walk.rows = Rows(0, h, h)
-    walk.conv(walk.middle(Held(dense, dense.size * element_size)), Conv(2 * spec.z_dim, norm=True))
+    caches = _encode_bands(walk, pixels, spec, encoder_bands(spec, h, work.band), still)
+    walk.spike((3 if work.band else 1) * dense.size * element_size)
+    walk.start(h)
+    walk.conv(walk.middle(walk.hold(dense)), Conv(2 * spec.z_dim, norm=True))
     caches.append(walk.take_caches())
     return _total(walk, caches)
+
+
+def _encode_bands(
+    walk: ByteWalk, pixels: Clip, spec: VaeSpec, bands: tuple[Band, ...], still: bool
+) -> list[int]:
+    """Every band in turn; leaves live what they keep. Returns their caches."""
+    caches, in_time = [], walk.work.order == "time"
+    kept = [_second_stage(pixels, spec, band) * walk.size for band in bands]
+    total = sum(kept) if still and in_time else 0
+    results = []
+    for band, own in zip(bands, kept, strict=True):
+        others = max(0, total - own)
+        walk.live += others
+        results.append(_encode_band(walk, pixels, spec, band))
+        walk.live -= others
+        caches.append(walk.take_caches())
+        if not in_time:
+            walk.free(results.pop())
+    for y in results:
+        walk.free(y)
+    walk.live += total
+    return caches
 
 
 def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> None:
@@ -96,7 +113,7 @@ def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> Non
     stages = decoder_stages(spec)
     doubling = [i for i, stage in enumerate(stages) if stage.mode == "upsample3d"]
     free = doubling[-1] + 1 if doubling else 0
-    walk.start(band)
+    walk.start(band.given.height)
     x = walk.narrow(Held(middle.clip, 0), band.given)
     for stage in stages[:free]:
         x = walk.stage(x, stage, band, spec.residual)
@@ -120,13 +137,19 @@ def _encode_band(walk: ByteWalk, pixels: Clip, spec: VaeSpec, band: Band) -> Hel
     stages = encoder_stages(spec)
     held = walk.hold(pixels)
     walk.spike(2 * held.stored)
-    walk.start(band)
+    walk.start(band.given.height)
     x = walk.conv(walk.narrow(held, band.given), Conv(stages[0].widths[0]))
     x = walk.narrow(x, walk.rows.trimmed())
     for stage in stages:
         x = walk.stage(x, stage, band, spec.residual)
     walk.free(held)
     return x
+
+
+def _second_stage(pixels: Clip, spec: VaeSpec, band: Band) -> int:
+    """Elements of what enters it."""
+    rows, stage = band.levels[1], encoder_stages(spec)[0]
+    return Clip(stage.out, pixels.frames, rows.stop - rows.start, pixels.width // 2).size
 
 
 def _total(walk: ByteWalk, caches: list[int]) -> VaeBytes:

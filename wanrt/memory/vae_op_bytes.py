@@ -31,6 +31,11 @@ class Clip(NamedTuple):
         return self.channels * self.pixels
 
     @property
+    def scattered(self) -> bool:
+        """Pixels lie in more than one run, so that a norm over all of them copies them first."""
+        return self.cropped and self.frames > 1
+
+    @property
     def size(self) -> int:
         """Elements."""
         return self.frames * self.frame
@@ -91,9 +96,9 @@ class TorchOps:
 
     def _norm(self, x: Clip) -> int:
         """Of a norm and SiLU, beside the buffer that takes the result."""
-        rows = x.size * self.element_size if x.cropped and x.frames > 1 else 0
+        rows = x.size * self.element_size if x.scattered else 0
         as_fp32 = 0 if self.element_size == 4 else x.size * 4
-        return rows + as_fp32 + 2 * x.size * 4 + 3 * x.pixels * x.frames * 4
+        return rows + as_fp32 + 2 * x.size * 4 + 4 * x.pixels * x.frames * 4
 
     def _pieces(self, x: Clip) -> list[int]:
         n = max(2, PIECE // x.frame // 2 * 2)
@@ -110,8 +115,8 @@ class TritonOps:
         taps = 27 if conv.past else 1
         frames = 0 if conv.in_place else conv.out * x.pixels * x.frames // conv.stride
         normed = x.size if conv.norm else 0
-        weight = conv.out * x.channels * taps
-        return (frames + normed + weight + conv.past * x.frame) * self.element_size
+        convolving = normed + frames + conv.out * x.channels * taps + conv.past * x.frame
+        return max(normed * (1 + x.scattered), convolving) * self.element_size
 
     def upsample(self, x: Clip, out: int) -> int:
         return (4 * out * x.pixels * x.frames + 25 * out * x.channels) * self.element_size

@@ -176,7 +176,7 @@ class WanVAE(nn.Module):
             raise UsageError(
                 "order 'bands' codes a clip as a whole and goes on from no state; use 'time'"
             )
-        if state.bands and len(state.bands) != len(bands):
+        if not state.first and len(state.bands) != len(bands):
             raise UsageError(
                 f"the state is of {len(state.bands)} bands, the work of {len(bands)}; go on with"
                 " the same height of bands"

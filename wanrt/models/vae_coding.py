@@ -79,13 +79,20 @@ def encode_pieces(
     whole = Layers(vae.encoder.whole_layers, course.whole)
     for i, (piece, same) in enumerate(zip(pieces, sames, strict=True)):
         course.begin(last=ends and i == len(pieces) - 1)
-        results = [_encode_locally(vae, piece, layers, same) for layers in locals_]
-        joined = Result(join([r.x for r in results]), all(r.same for r in results))
-        del results
-        latents = vae.moments_to_latents(whole(*joined).x, course.whole)
-        del joined
-        course.end()
-        yield latents
+        yield _encode_piece(vae, piece, same, locals_, whole)
+
+
+def _encode_piece(
+    vae: "WanVAE", video: Tensor, same: bool, locals_: Sequence[Layers], whole: Layers
+) -> Tensor:
+    """Pixels -> latents; `locals_` are the local layers of each band."""
+    results = [_encode_locally(vae, video, layers, same) for layers in locals_]
+    x, same = join([r.x for r in results]), all(r.same for r in results)
+    del results
+    moments = whole(x, same).x
+    for layers in (*locals_, whole):
+        layers.walk.first = False
+    return vae.moments_to_latents(moments, whole.walk)
 
 
 def _encode_band_by_band(

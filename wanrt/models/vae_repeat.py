@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from wanrt.models.vae_layers import CausalConv3d, Place, Walk
+from wanrt.models.vae_layers import CausalConv3d, Place, Resample, Walk
 
 
 class Result(NamedTuple):
@@ -20,40 +20,49 @@ class Result(NamedTuple):
     same: bool
 
 
+class Start(NamedTuple):
+    """A layer that the next chunk may start with, what that is given, and where it lies."""
+
+    layer: int = 0
+    x: Tensor | None = None
+    place: Place | None = None
+
+
 class Layers:
     """Runs layers of an encoder over chunk after chunk; skips those that would repeat themselves.
 
     Costs, where `walk.settled` asks for it: a comparison of each layer's past, and one activation
-    kept from chunk to chunk, the input of the first layer that has not settled.
+    kept from chunk to chunk. It is the input of a layer behind a downsampling, or of what follows
+    the last layer, so never of full size.
     """
 
     def __init__(self, layers: Sequence[nn.Module], walk: Walk) -> None:
         self.layers, self.walk = layers, walk
-        self._start, self._held = 0, None  # where the next chunk may start if it is the same
-        self._place: Place | None = None
+        self._start = Start()
 
     def __call__(self, x: Tensor, same: bool) -> Result:
         """`same`: x equals the x before."""
-        start = self._start if same else 0
-        if start:
-            x, self.walk.place = self._held, self._place
-        self._start, self._held = 0, None
+        start = self._start if same else Start()
+        self._start = Start()
+        if start.layer:
+            x, self.walk.place = start.x, start.place
+        first = start.layer
+        del start
         settled = self.walk.settled is not None
-        for i in range(start, len(self.layers)):
-            given, place = x, self.walk.place
+        for i in range(first, len(self.layers)):
+            if settled and i and (i == first or _resamples(self.layers[i - 1])):
+                self._start = Start(i, x, self.walk.place)
             x = self.layers[i](x, self.walk)
-            if settled and not self._has_settled(self.layers[i]):
-                settled = False
-                self._hold(i, given, place)
-            del given
+            settled = settled and self._has_settled(self.layers[i])
         if settled:
-            self._hold(len(self.layers), x, self.walk.place)
-        return Result(x, same and start == len(self.layers))
-
-    def _hold(self, start: int, x: Tensor, place: Place | None) -> None:
-        self._start, self._held, self._place = start, x if start else None, place
+            self._start = Start(len(self.layers), x, self.walk.place)
+        return Result(x, same and first == len(self.layers))
 
     def _has_settled(self, layer: nn.Module) -> bool:
         """The chunk left the layer's past as it was."""
         convs = (m for m in layer.modules() if isinstance(m, CausalConv3d) and m.slot >= 0)
         return all(m.slot in self.walk.settled for m in convs)
+
+
+def _resamples(layer: nn.Module) -> bool:
+    return any(isinstance(m, Resample) for m in layer.modules())

@@ -1,0 +1,8 @@
+"""Limits that kernels keep and that memory plans count on; imports nothing."""
+
+ATTENTION_AT_ONCE = 256 << 20  # bytes; some heads of a long video keep every card busy
+
+
+def heads_at_once(queries: int, keys: int, head_dim: int, value_bytes: int) -> int:
+    """Heads whose int8 q and k and whose v, of so many bytes a number, fill the limit."""
+    return max(1, ATTENTION_AT_ONCE // (head_dim * (queries + keys * (1 + value_bytes))))
