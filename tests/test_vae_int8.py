@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanrt.bench import fp16_sums, quality
-from wanrt.config import NANO, VAE_2_2, VaeSpec
+from wanrt.config import NANO, VAE_2_2, VaeSpec, VaeWork
 from wanrt.errors import UsageError
 from wanrt.kernels import reference
 from wanrt.models.vae import WanVAE
@@ -91,12 +91,13 @@ def test_the_vae_it_came_from_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_depends_on_the_chunks(dtype: torch.dtype) -> None:
+def test_no_bit_depends_on_chunks_or_bands(dtype: torch.dtype) -> None:
     vae, z = random_vae(), latents(5)
     result = quantize_vae(vae.to(dtype), calibrate(vae, [z]))
     whole = result.decode(z, chunk=5)
     assert torch.equal(result.decode(z, chunk=2), whole)
     first, state = next(result.decode_chunks(z))
+    assert torch.equal(result.decode(z, work=VaeWork(chunk=2, band=2)), whole)
     rest = [frames for frames, _ in result.decode_chunks(z[:, :, 1:], state)]
     assert torch.equal(torch.cat([first, *rest], 2), whole)
 
