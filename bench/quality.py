@@ -22,7 +22,7 @@ from wanrt.errors import UsageError
 from wanrt.kernels import reference
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_int8 import calibrate, default_convs, quantize_vae
-from wanrt.models.vae_layers import TORCH, VaeOps
+from wanrt.models.vae_layers import TORCH, Int8CausalConv3d, VaeOps
 from wanrt.nano.train_vae import render_batch
 from wanrt.quant.conv_int8 import Range, StaticInt8
 from wanrt.weights.load import load_component
@@ -77,7 +77,7 @@ def measure(given: Subject, variants: list[str]) -> Iterator[Row]:
     for name in variants:
         vae = VARIANTS[name](given)
         actual, state_bytes = _decode(vae, given.latents)
-        count = sum(hasattr(module, "step") for module in vae.decoder.modules())
+        count = sum(isinstance(module, Int8CausalConv3d) for module in vae.decoder.modules())
         yield Row(given.name, name, count, psnr(actual, expected), BARS.get(name), state_bytes)
 
 
