@@ -161,7 +161,7 @@ def test_nano_keeps_the_bars() -> None:
     path = Path(NANO_WEIGHTS) / "vae.safetensors"
     if not path.is_file():
         pytest.skip(f"needs {path.name} of nano")
-    check_bars(quality.trained(path, clips=1))
+    check_bars(quality.trained(path, clips=2))
 
 
 @pytest.mark.slow
