@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wanrt.kernels.reference import Quantized, quantize
+from wanrt.kernels.reference import QuantizedConv, quantize
 
 EPS = 1e-6
-FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_linear")
+FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_conv_int8", "cases_linear")
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-Drawn = tuple[Any, ...]  # Tensor, Quantized or None
+Drawn = tuple[Any, ...]  # Tensor, Quantized, QuantizedConv or None
 
 
 class Rows(NamedTuple):
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     group: int | None = None
 
 
-Tensors = tuple[Tensor | Rows | None, ...]
+Tensors = tuple[Tensor | Rows | QuantizedConv | None, ...]
 
 
 class Limit(NamedTuple):
@@ -43,7 +43,8 @@ class Limit(NamedTuple):
 class Case(NamedTuple):
     """One call of an op: its tensors, drawn in fp32, and its other arguments.
 
-    The first `activations` tensors are cast to each of `dtypes` in turn (`Rows` quantised).
+    The first `activations` tensors are cast to each of `dtypes` in turn (`Rows` quantised, whole
+    numbers left as they are).
     """
 
     op: str
@@ -80,16 +81,18 @@ class Case(NamedTuple):
 
 def to(x: Any, device: str) -> Any:
     """A drawn input on another device, in its own layout."""
-    if isinstance(x, Quantized):
-        return Quantized(*(_copy(part, None, device) for part in x))
+    if isinstance(x, tuple):
+        return type(x)(*(_copy(part, None, device) for part in x))
     return None if x is None else _copy(x, None, device)
 
 
-def _as_input(x: Tensor | Rows | None, dtype: torch.dtype | None, device: str) -> Any:
+def _as_input(x: Any, dtype: torch.dtype | None, device: str) -> Any:
     if isinstance(x, Rows):
         assert dtype is not None
         return to(quantize(x.values, dtype, x.group), device)
-    return None if x is None else _copy(x, dtype, device)
+    if x is None or isinstance(x, tuple):
+        return to(x, device)
+    return _copy(x, dtype if x.is_floating_point() else None, device)
 
 
 def _copy(x: Tensor, dtype: torch.dtype | None, device: str) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast
+from wanrt.kernels.arithmetic import cast, round_to_int8
 from wanrt.kernels.launch import INTERPRETER, arch_of, launch
 from wanrt.kernels.target import Target
 
@@ -25,6 +25,8 @@ _VALUES = 4096  # of one program of 4 warps: 32 to a thread
 def _channel_norm_kernel(
     x_ptr,
     gamma_ptr,
+    step_ptr,
+    zero_ptr,
     out_ptr,
     num_rows,
     length,
@@ -36,7 +38,7 @@ def _channel_norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x / max(|x|, 1e-12) * root * gamma for each row, then SiLU if asked for."""
+    """x / max(|x|, 1e-12) * root * gamma for each row, then SiLU and eight bits if asked for."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_C)
     mask = (row < num_rows)[:, None] & (channel < C)[None, :]  # [M, C]
@@ -48,7 +50,13 @@ def _channel_norm_kernel(
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     target = out_ptr + row.to(tl.int64)[:, None] * C + channel[None, :]
-    tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
+    if step_ptr is None:
+        tl.store(target, cast(y, out_ptr.dtype.element_ty), mask)
+    else:
+        step = tl.load(step_ptr + channel, channel < C, 1.0)
+        zero = tl.load(zero_ptr + channel, channel < C, 0.0).to(tl.float32)
+        y = y * tl.div_rn(tl.full((BLOCK_C,), 1.0, tl.float32), step)[None, :] + zero[None, :]
+        tl.store(target, round_to_int8(y), mask)
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
@@ -61,14 +69,26 @@ def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     return _channel_norm(x, gamma, silu=True)
 
 
-def _channel_norm(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """See `reference.channel_norm_silu_quantize`."""
+    return _channel_norm(x, gamma, silu=True, step=step, zero=zero)
+
+
+def _channel_norm(
+    x: Tensor,
+    gamma: Tensor,
+    silu: bool,
+    step: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> Tensor:
     """The result lies channels last, whatever x does."""
     c = x.shape[1]
     assert c <= MAX_CHANNELS, f"{x.shape=}"
     pixels = x.movedim(1, -1)  # [B, ..., C]
     rows = pixels.reshape(x.shape[0], -1, c)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    out = torch.empty(pixels.shape, dtype=x.dtype, device=x.device)
+    dtype = x.dtype if step is None else torch.int8
+    out = torch.empty(pixels.shape, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(c)
     size = max(1, (1 << 17 if arch_of(x) == INTERPRETER else _VALUES) // block)
     launch(
@@ -76,6 +96,8 @@ def _channel_norm(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
         (triton.cdiv(rows.shape[0] * rows.shape[1], size),),
         rows,
         gamma,
+        step,
+        zero,
         out,
         rows.shape[0] * rows.shape[1],
         rows.shape[1],

@@ -6,8 +6,6 @@ a tap sees are read where they lie: earlier frames from the history, zeros by ma
 not at all. So nothing is concatenated, padded or unfolded.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,29 +15,17 @@ from triton import cdiv
 from wanrt.kernels.arithmetic import cast, dot
 from wanrt.kernels.channel_norm import channel_norm_silu
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.layout import (
+    empty_frames,
+    frames_dense,
+    is_frames_dense,
+    outer_strides,
+    tail,
+)
 from wanrt.kernels.target import Target
+from wanrt.kernels.tile import Tile, widths
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-class Tile(NamedTuple):
-    """One program's output pixels and channels, its step through the input channels, its warps.
-
-    Its channels are a wide part and a narrow one, two products of the same pixels: 96 channels are
-    no power of two, and 128 in one product take more registers than in two.
-    """
-
-    pixels: int
-    wide: int
-    narrow: int
-    step: int
-    warps: int
-    stages: int
-
-
-# 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
-_WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
-_READING = 32  # to read its pixels costs a program about as much as this many channels more
 
 
 def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
@@ -48,7 +34,7 @@ def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
     NOTE: chosen by registers and shared memory, two programs to a multiprocessor; not yet timed.
     """
     arch, channels = arch_of(x), x.shape[1]
-    wide, narrow = min(_WIDTHS, key=lambda w: cdiv(out_channels, sum(w)) * (sum(w) + _READING))
+    wide, narrow = widths(out_channels)
     if arch == INTERPRETER:
         rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
         return Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
@@ -221,11 +207,11 @@ def causal_conv3d(
     """
     b, _, t, h, w = x.shape
     taps_t = weight.shape[2]
-    x = _frames_dense(x if gamma is None else channel_norm_silu(x, gamma))
-    history = None if history is None else _frames_dense(history)
+    x = frames_dense(x if gamma is None else channel_norm_silu(x, gamma))
+    history = None if history is None else frames_dense(history)
     y = out
-    if out is None or gamma is None or not _is_frames_dense(out):  # x may be what out overwrites
-        y = _empty(x, (b, weight.shape[0], t // stride, h, w))
+    if out is None or gamma is None or not is_frames_dense(out):  # x may be what out overwrites
+        y = empty_frames(x, (b, weight.shape[0], t // stride, h, w))
     _convolve(
         x,
         _packed(weight, x.dtype),
@@ -238,7 +224,7 @@ def causal_conv3d(
         pad=weight.shape[3] // 2,
         accumulator=accumulator,
     )
-    kept = _tail(history, x, taps_t - stride) if taps_t > 1 else None
+    kept = tail(history, x, taps_t - stride) if taps_t > 1 else None
     return (y if out is None or y is out else out.copy_(y)), kept
 
 
@@ -248,7 +234,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     An output pixel sees 2x2 input pixels, so the 3x3 taps fold into 2x2 for each of the four places
     of an output pixel over its input pixel: 4/9 of the multiplications.
     """
-    x = _frames_dense(x)
+    x = frames_dense(x)
     b, c, t, h, w = x.shape
     o = weight.shape[0]
     folded = torch.empty((4, o, 4, c), dtype=x.dtype, device=x.device)
@@ -263,16 +249,16 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         BLOCK=block,
         num_warps=4,
     )
-    y = _empty(x, (b, o, t, 2 * h, 2 * w))
+    y = empty_frames(x, (b, o, t, 2 * h, 2 * w))
     _convolve(x, folded, bias, y, taps=(1, 2), pad=1, up=2)
     return y
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference.downsample_conv2d`."""
-    x = _frames_dense(x)
+    x = frames_dense(x)
     b, _, t, h, w = x.shape
-    y = _empty(x, (b, weight.shape[0], t, h // 2, w // 2))
+    y = empty_frames(x, (b, weight.shape[0], t, h // 2, w // 2))
     _convolve(x, _packed(weight.unsqueeze(2), x.dtype), bias, y, taps=(1, 3), strides=(1, 2))
     return y
 
@@ -294,7 +280,7 @@ def _convolve(
     b, o, t, h, w = out.shape
     h, w = h // up, w // up
     tile = _tile(x, o, h * w)
-    residual = None if residual is None else _frames_dense(residual)
+    residual = None if residual is None else frames_dense(residual)
     in_fp16 = accumulator == x.dtype == torch.float16
     launch(
         _conv_kernel,
@@ -313,10 +299,10 @@ def _convolve(
         h,
         w,
         *x.shape[3:],
-        *_outer_strides(x),
-        *_outer_strides(history),
-        *_outer_strides(residual),
-        *_outer_strides(out),
+        *outer_strides(x),
+        *outer_strides(history),
+        *outer_strides(residual),
+        *outer_strides(out),
         mma=(Mma(DTYPES[x.dtype], "f16" if in_fp16 else "f32"),),
         IN=x.shape[1],
         OUT=o,
@@ -336,39 +322,9 @@ def _convolve(
     )
 
 
-def _tail(history: Tensor | None, x: Tensor, num: int) -> Tensor:
-    """A copy of the last frames; where there are fewer, zeros in front."""
-    b, c, t, h, w = x.shape
-    kept = _empty(x, (b, c, num, h, w))
-    older = max(0, num - t)
-    if older:
-        kept[:, :, :older] = 0 if history is None else history[:, :, num - older :]
-    kept[:, :, older:] = x[:, :, t - (num - older) :]
-    return kept
-
-
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[O, C, kt, kh, kw] as [O, kt, kh, kw, C] in memory: a copy unless it lies so already."""
     return weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
-
-
-def _is_frames_dense(x: Tensor) -> bool:
-    return x[:1, :, :1].is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def _frames_dense(x: Tensor) -> Tensor:
-    """Every frame channels last and dense; samples and frames may lie anywhere."""
-    return x if _is_frames_dense(x) else x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _outer_strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(2))
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d
-    )
 
 
 def supports(op: str, target: Target) -> str | None:

@@ -1,7 +1,8 @@
 """The specification: every op of the models in plain PyTorch, fp32 inside, formula and source.
 
 `torch_ops.py` has the same names and signatures; `torch_quantize.py` and `torch_linear.py` have
-those of the eight-bit formats and their products, `torch_conv.py` those of the VAE's five.
+those of the eight-bit formats and their products, `torch_conv.py` and `torch_conv_int8.py` those
+of the VAE.
 `dtype` is that of the result: the caller names the one in which the next matrix product runs (None
 keeps the input's). `out` receives the result and may be the first input itself.
 
@@ -29,6 +30,23 @@ class Quantized(NamedTuple):
 
     values: Tensor
     scale: Tensor
+
+
+class QuantizedConv(NamedTuple):
+    """An int8 3x3x3 convolution and the static int8 format of its input.
+
+    A value q of input channel c stands for (q - zero_c) * step_c, so that `zero` is exactly 0; a
+    value w of output channel o for w * scale_o / step_c. `border` [3, 4, 4, O] is the sum of
+    zero * w over the taps that see something, by how many frames before x are missing and by
+    which of the first row (1) and the last (2) a pixel lies in, and the same of columns: who
+    reads padding as 0 takes it from the plain sum of products. All zeros: a symmetric format.
+    """
+
+    values: Tensor  # int8 [O, C, 3, 3, 3]
+    scale: Tensor  # fp32 [O]
+    step: Tensor  # fp32 [C]
+    zero: Tensor  # int8 [C]
+    border: Tensor  # int32 [3, 4, 4, O]
 
 
 def layer_norm(
@@ -373,6 +391,69 @@ def causal_conv3d(
     kept = frames[:, :, frames.shape[2] - (kt - stride) :].clone() if kt > 1 else None
     total = torch.cat(y, 2) if residual is None else torch.cat(y, 2) + residual.float()
     return _store(total.to(x.dtype), out), kept
+
+
+def quantize_conv_weight(weight: Tensor, step: Tensor, zero: Tensor) -> QuantizedConv:
+    """A convolution for inputs of a given format: weight * step, one scale per output. Offline.
+
+    weight [O, C, 3, 3, 3], step fp32 [C], zero int8 [C]. What a channel's step takes from its
+    inputs its weights get (SmoothQuant, arXiv:2211.10438).
+    """
+    wide = weight.float() * step[:, None, None, None]
+    rows = quantize(wide.flatten(1), torch.int8)
+    values = rows.values.view(weight.shape)
+    sums = (values.double() * zero.double()[:, None, None, None]).sum(1)  # [O, 3, 3, 3]
+    sides = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 1, 0]], device=weight.device)
+    ages = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]], device=weight.device)
+    seen = [table.double() for table in (ages, sides, sides)]
+    border = torch.einsum("othw,at,rh,cw->arco", sums, *seen)
+    return QuantizedConv(values, rows.scale[:, 0], step, zero, border.int().contiguous())
+
+
+def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """`channel_norm_silu` in int8: clamp(round(a * (1 / step_c) + zero_c), -127, 127).
+
+    x [B, C, ...], gamma, step and zero with C elements -> int8 [B, C, ...].
+    """
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    a = F.silu(rms_norm_channels(x.float(), gamma))
+    q = a * step.reciprocal().view(shape) + zero.float().view(shape)
+    return q.round().clamp(-127, 127).to(torch.int8)
+
+
+def causal_conv3d_int8(
+    x: Tensor,
+    weight: QuantizedConv,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`causal_conv3d` with norm, SiLU and 3x3x3 taps, whose products are of int8.
+
+    x becomes q = channel_norm_silu_quantize(x, gamma, step, zero); y = s * scale_o + bias with the
+    exact integer s, the sum over the taps of (q - zero) * values; the residual is added and the
+    result rounded once. Outside of frames and before the clip, q is `zero`. The scales are static:
+    one for each pixel would not factor out of a sum over taps, and the past would need them all.
+    x [B, C, T, H, W], history int8 [B, C, 2, H, W] or None -> [B, O, T, H, W] in x's dtype and the
+    int8 history of what follows x.
+    """
+    zero = weight.zero.view(1, -1, 1, 1, 1)
+    frames = [
+        channel_norm_silu_quantize(frame, gamma, weight.step, weight.zero)
+        for frame in x.split(1, 2)
+    ]
+    first = zero.expand(*x.shape[:2], 2, *x.shape[3:]) if history is None else history
+    q = torch.cat((first, *frames), 2)
+    taps = weight.values.double()
+    scale, bias = (v.float().view(1, -1, 1, 1, 1) for v in (weight.scale, bias))
+    y = []
+    for end in range(3, q.shape[2] + 1):
+        whole = q[:, :, end - 3 : end].double() - zero.double()
+        y.append(F.conv3d(whole, taps, padding=(0, 1, 1)).float() * scale + bias)
+    total = torch.cat(y, 2) if residual is None else torch.cat(y, 2) + residual.float()
+    return _store(total.to(x.dtype), out), q[:, :, q.shape[2] - 2 :].clone()
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

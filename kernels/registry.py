@@ -52,6 +52,9 @@ OPS = {
         Op("rms_norm_channels", "torch_conv", "channel_norm"),
         Op("channel_norm_silu", "torch_conv", "channel_norm"),
         Op("causal_conv3d", "torch_conv", "conv"),
+        Op("quantize_conv_weight", "torch_conv_int8"),
+        Op("channel_norm_silu_quantize", "torch_conv_int8", "channel_norm"),
+        Op("causal_conv3d_int8", "torch_conv_int8", "conv_int8"),
         Op("upsample_conv2d", "torch_conv", "conv"),
         Op("downsample_conv2d", "torch_conv", "conv"),
     )

@@ -72,13 +72,17 @@ def linear_gated_residual(
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b^T of eight-bit [M, K] and [N, K] -> fp32 [M, N]."""
     if a.dtype == torch.int8:
-        padded = torch._int_mm(*_padded(a, b))
-    elif a.device.type == "cuda" and arch_of(a) >= MIN_ARCH_FP8:
+        return multiply_int8(a, b).float()
+    if a.device.type == "cuda" and arch_of(a) >= MIN_ARCH_FP8:
         one = torch.ones((), device=a.device)
         padded = torch._scaled_mm(*_padded(a, b), one, one, out_dtype=torch.float32)
-    else:
-        return a.float() @ b.float().T
-    return padded[: len(a), : len(b)].float()
+        return padded[: len(a), : len(b)]
+    return a.float() @ b.float().T
+
+
+def multiply_int8(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T of int8 [M, K] and [N, K] -> int32 [M, N], exact."""
+    return torch._int_mm(*_padded(a, b))[: len(a), : len(b)]
 
 
 def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

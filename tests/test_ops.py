@@ -61,10 +61,7 @@ def call(function: Callable[..., Any], case: Case, tensors: Any, **kwargs: Any) 
 def parts(inputs: Any) -> list[Tensor]:
     """The tensors of drawn inputs, eight-bit values as their bytes."""
     tensors = [
-        tensor
-        for x in inputs
-        if x is not None
-        for tensor in (x if isinstance(x, Quantized) else (x,))
+        tensor for x in inputs if x is not None for tensor in (x if isinstance(x, tuple) else (x,))
     ]
     return [x.view(torch.uint8) if x.itemsize == 1 else x for x in tensors]
 

@@ -137,6 +137,17 @@ def bench_compile(
     compile_report.main(archs.split(",") if archs else [], only, workers, out, as_json)
 
 
+def bench_quality(
+    vae: Annotated[Path | None, typer.Option(help="A VAE's file; random weights if none.")] = None,
+    size: Annotated[str, typer.Option(help="Of the random VAE's clip.")] = "48x48",
+    variants: Annotated[str, typer.Option(help="Such as bf16,int8; all by default.")] = "",
+) -> None:
+    """PSNR of each precision of the VAE's decoder against fp32, on the CPU, as JSON lines."""
+    from wanrt.bench import quality
+
+    quality.main(vae, size, variants.split(",") if variants else [])
+
+
 def bench_ops(
     device: Annotated[str, typer.Option(help="cuda.")] = "cuda",
     only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
@@ -196,5 +207,6 @@ def add_to(app: typer.Typer) -> None:
     bench.command("block")(bench_block)
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)
+    bench.command("quality")(bench_quality)
     bench.command("gpu")(bench_gpu)
     app.add_typer(bench, name="bench")

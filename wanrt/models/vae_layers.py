@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.config import VaeWork
-from wanrt.kernels import torch_conv
+from wanrt.kernels import torch_conv, torch_conv_int8
+from wanrt.kernels.reference import QuantizedConv
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
@@ -21,6 +22,7 @@ class VaeOps(NamedTuple):
 
     rms_norm_channels: Callable[..., Tensor]
     causal_conv3d: Callable[..., tuple[Tensor, Tensor | None]]
+    causal_conv3d_int8: Callable[..., tuple[Tensor, Tensor | None]]
     upsample_conv2d: Callable[..., Tensor]
     downsample_conv2d: Callable[..., Tensor]
 
@@ -28,6 +30,7 @@ class VaeOps(NamedTuple):
 TORCH = VaeOps(
     torch_conv.rms_norm_channels,
     torch_conv.causal_conv3d,
+    torch_conv_int8.causal_conv3d_int8,
     torch_conv.upsample_conv2d,
     torch_conv.downsample_conv2d,
 )
@@ -38,8 +41,9 @@ class CausalState:
     """What a causal encoder or decoder remembers between chunks; nothing in it is changed in place.
 
     `slots[i]` holds the last frames that the i-th temporal convolution has seen: `[B, C, 2, H, W]`,
-    or one frame for the strided ones of the encoder; None before its first frame. Of a clip coded
-    in bands, `bands` holds the slots of each band's layers, and `slots` those of the others.
+    or one frame for the strided ones of the encoder; None before its first frame. Those of int8
+    convolutions are int8. Of a clip coded in bands, `bands` holds the slots of each band's layers,
+    and `slots` those of the others.
     """
 
     slots: tuple[Tensor | None, ...]
@@ -148,6 +152,35 @@ class CausalConv3d(nn.Conv3d):
         )
         walk.keep(self.slot, kept)
         return walk.trim(y) if self.kernel_size[1] > 1 else y
+
+
+class Int8CausalConv3d(nn.Module):
+    """A CausalConv3d behind a norm, in int8; its history too. Everything but the bias keeps its
+    dtype for good: cast a VAE first, then quantise it.
+    """
+
+    def __init__(self, conv: CausalConv3d, quantized: QuantizedConv) -> None:
+        super().__init__()
+        self.slot = conv.slot
+        self.bias = conv.bias
+        for name, part in quantized._asdict().items():
+            self.register_buffer(name, part)
+
+    def forward(
+        self,
+        x: Tensor,
+        walk: Walk,
+        gamma: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See CausalConv3d."""
+        assert self.scale.dtype == self.step.dtype == torch.float32, f"{self.scale.dtype=}"
+        weight = QuantizedConv(*(getattr(self, name) for name in QuantizedConv._fields))
+        history = walk.history(self.slot, x.device)
+        y, kept = walk.ops.causal_conv3d_int8(x, weight, self.bias, history, gamma, residual, out)
+        walk.keep(self.slot, kept)
+        return walk.trim(y)
 
 
 def number_slots(module: nn.Module) -> int:

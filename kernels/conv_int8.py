@@ -1,0 +1,221 @@
+"""The VAE's int8 convolution in Triton: an implicit matrix product of s8 with sums in s32.
+
+What it computes is said in `reference.causal_conv3d_int8`, integer sums bit for bit. As in
+`conv.py`, a row of the product is an output pixel and nothing is concatenated, padded or unfolded.
+What a tap sees outside of frames is loaded as 0, as asynchronous copies do it, although the format
+has another zero point: the few pixels of which that is true take what they lack from a table.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from wanrt.kernels.arithmetic import cast
+from wanrt.kernels.channel_norm import channel_norm_silu_quantize
+from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
+from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, outer_strides, tail
+from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.target import Target
+from wanrt.kernels.tile import Tile, widths
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
+    """Steps of 32 divide 96. NOTE: chosen by registers and shared memory; untested on hardware."""
+    arch, channels = arch_of(x), x.shape[1]
+    wide, narrow = widths(out_channels)
+    if arch == INTERPRETER:
+        rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
+        return Tile(max(16, min(1024, rows)), wide, narrow, max(32, min(64, step)), 4, 1)
+    step = 64 if channels % 64 == 0 else 32
+    return Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 4)
+
+
+@triton.jit
+def _multiply(pixels, weight_ptr, held, acc):
+    """acc + pixels @ weight, `[M, K] @ [K, N]` of s8 in s32."""
+    return tl.dot(pixels, tl.load(weight_ptr, held, 0), acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def _finish(
+    acc,
+    scale_ptr,
+    bias_ptr,
+    border_ptr,
+    residual_ptr,
+    out_ptr,
+    channel,
+    exists,
+    OUT: tl.constexpr,
+):
+    """Take the border off, scale, add bias and residual, round once; pointers are of pixels."""
+    held = channel < OUT
+    mask = exists[:, None] & held[None, :]
+    acc -= tl.load(border_ptr[:, None] + channel[None, :], mask, 0)
+    y = acc.to(tl.float32) * tl.load(scale_ptr + channel, held, 0.0)[None, :]
+    y += tl.load(bias_ptr + channel, held, 0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    tl.store(out_ptr[:, None] + channel[None, :], cast(y, out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width"])
+def _conv_int8_kernel(
+    x_ptr,
+    history_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    border_ptr,
+    residual_ptr,
+    out_ptr,
+    frames,
+    height,
+    width,
+    stride_xb,
+    stride_xt,
+    stride_hb,
+    stride_ht,
+    stride_rb,
+    stride_rt,
+    stride_ob,
+    stride_ot,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NARROW_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """3x3x3 taps over history and x; a program's pixels are of one frame. weight [OUT, 27, IN]."""
+    CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
+    SPAN: tl.constexpr = 27 * IN  # of the weights of one output channel
+
+    frame = tl.program_id(1)
+    sample, time = (frame // frames).to(tl.int64), (frame % frames).to(tl.int64)
+    pixel = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, column = pixel // width, pixel % width
+    corner = ((row.to(tl.int64) - 1) * width + column - 1) * IN  # of the first tap
+    x_ptr += sample * stride_xb
+    missing = 0  # frames before x that are not there
+    if history_ptr is None:
+        missing = tl.maximum(2 - time.to(tl.int32), 0)
+    else:
+        history_ptr += sample * stride_hb
+
+    channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    if NARROW_N > 0:
+        narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
+        narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.int32)
+
+    for step in range(missing * 9 * CHUNKS, 27 * CHUNKS):
+        tap = step // CHUNKS
+        dt, dh, dw = tap // 9, tap // 3 % 3, tap % 3
+        seen = time + dt  # frame, counted from the first of the history
+        source = x_ptr + (seen - 2) * stride_xt
+        if history_ptr is not None:
+            source = tl.where(seen < 2, history_ptr + seen * stride_ht, source)
+        source += (dh * width + dw).to(tl.int64) * IN
+        inside = (row < height) & (row + dh > 0) & (row + dh <= height)
+        inside &= (column + dw > 0) & (column + dw <= width)
+        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (k < IN)[None, :]
+        pixels = tl.load(source + corner[:, None] + k[None, :], mask, 0)  # [M, K]
+        taps_ptr = weight_ptr + tap * IN + k[:, None]
+        held = (k < IN)[:, None] & (channel < OUT)[None, :]
+        acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc)
+        if NARROW_N > 0:
+            held = (k < IN)[:, None] & (narrow < OUT)[None, :]
+            narrow_acc = _multiply(pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc)
+
+    side_h = tl.where(row == 0, 1, 0) + tl.where(row == height - 1, 2, 0)
+    side_w = tl.where(column == 0, 1, 0) + tl.where(column == width - 1, 2, 0)
+    border = border_ptr + (missing * 16 + side_h * 4 + side_w) * OUT
+    place = pixel.to(tl.int64) * OUT
+    out_rows = out_ptr + sample * stride_ob + time * stride_ot + place
+    residual = None
+    if residual_ptr is not None:
+        residual = residual_ptr + sample * stride_rb + time * stride_rt + place
+    inside = row < height
+    _finish(acc, scale_ptr, bias_ptr, border, residual, out_rows, channel, inside, OUT)
+    if NARROW_N > 0:
+        _finish(narrow_acc, scale_ptr, bias_ptr, border, residual, out_rows, narrow, inside, OUT)
+
+
+def causal_conv3d_int8(
+    x: Tensor,
+    weight: QuantizedConv,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.causal_conv3d_int8`; no bit depends on where a clip is cut.
+
+    Values of the weight that lie channels last are read as they are, others copied at every call.
+    """
+    b, _, t, h, w = x.shape
+    assert weight.values.shape[2:] == (3, 3, 3), f"{weight.values.shape=}"
+    q = frames_dense(channel_norm_silu_quantize(x, gamma, weight.step, weight.zero))
+    y = out
+    if out is None or not is_frames_dense(out):
+        y = empty_frames(x, (b, len(weight.values), t, h, w))
+    history = None if history is None else frames_dense(history)
+    _convolve(q, weight, bias, history, residual, y)
+    kept = tail(history, q, 2, weight.zero.view(-1, 1, 1, 1))
+    return (y if out is None or y is out else out.copy_(y)), kept
+
+
+def _convolve(
+    q: Tensor,
+    weight: QuantizedConv,
+    bias: Tensor,
+    history: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    b, o, t, h, w = out.shape
+    tile = _tile(q, o, h * w)
+    residual = None if residual is None else frames_dense(residual)
+    launch(
+        _conv_int8_kernel,
+        (cdiv(h * w, tile.pixels) * cdiv(o, tile.wide + tile.narrow), b * t),
+        q,
+        history,
+        weight.values.contiguous(memory_format=torch.channels_last_3d),
+        weight.scale,
+        bias,
+        weight.border.contiguous(),
+        residual,
+        out,
+        t,
+        h,
+        w,
+        *outer_strides(q),
+        *outer_strides(history),
+        *outer_strides(residual),
+        *outer_strides(out),
+        mma=(Mma("s8", "s32"),),
+        IN=q.shape[1],
+        OUT=o,
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.wide,
+        NARROW_N=tile.narrow,
+        BLOCK_K=tile.step,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def supports(op: str, target: Target) -> str | None:
+    """None, or why these kernels decline."""
+    if target.dtype not in DTYPES:
+        return f"takes fp32, bf16 and fp16, not {target.dtype}"
+    return None

@@ -1,0 +1,92 @@
+"""The VAE's int8 convolution in plain PyTorch: CPU path and fallback.
+
+A frame lies in rows of pixels with a border of zero points around it. Then what one tap sees is a
+slice of those rows, and a tap is one product of `torch._int_mm`: exact in s32 on CPUs and GPUs.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanrt.kernels import reference
+from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.torch_linear import multiply_int8
+
+
+def quantize_conv_weight(weight: Tensor, step: Tensor, zero: Tensor) -> QuantizedConv:
+    """See `reference.quantize_conv_weight`; values lie channels last."""
+    conv = reference.quantize_conv_weight(weight, step, zero)
+    return conv._replace(values=conv.values.contiguous(memory_format=torch.channels_last_3d))
+
+
+def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """See `reference.channel_norm_silu_quantize`. A frame at a time; the result channels last."""
+    if x.ndim < 5:
+        return _quantize(x, gamma, step, zero)
+    q = torch.empty(
+        x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last_3d
+    )
+    for t in range(x.shape[2]):
+        q[:, :, t] = _quantize(x[:, :, t], gamma, step, zero)
+    return q
+
+
+def causal_conv3d_int8(
+    x: Tensor,
+    weight: QuantizedConv,
+    bias: Tensor,
+    history: Tensor | None,
+    gamma: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.causal_conv3d_int8`. Peak: int8 frames, and two int32 results of one frame."""
+    b, c, t, h, w = x.shape
+    o = len(weight.values)
+    rows = (h + 2) * (w + 2) + 2  # the last tap of the last pixel reads two rows beyond
+    frames = weight.zero.expand(b, t + 2, rows, c).contiguous()
+    inner = frames[:, :, :-2].unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1]  # [B, T + 2, H, W, C]
+    if history is not None:
+        inner[:, :2] = history.movedim(1, -1)
+    q = channel_norm_silu_quantize(x, gamma, weight.step, weight.zero)
+    inner[:, 2:] = q.movedim(1, -1)
+    taps = weight.values.permute(2, 3, 4, 0, 1).contiguous()  # [3, 3, 3, O, C]
+    if out is None:
+        shape = (b, o, t, h, w)
+        out = torch.empty(
+            shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+        )
+    whole = weight.border[0, 0, 0]  # the border is in the frames: no tap sees nothing
+    for i in range(b):
+        for j in range(t):
+            sums = _sum(frames[i, j : j + 3], taps, h, w + 2) - whole
+            y = sums.unflatten(0, (h, w + 2))[:, :w].float() * weight.scale + bias.float()
+            if residual is not None:
+                y += residual[i, :, j].movedim(0, -1)
+            out[i, :, j] = y.movedim(-1, 0)
+    return out, inner[:, t:].movedim(-1, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _sum(frames: Tensor, taps: Tensor, height: int, stride: int) -> Tensor:
+    """frames [3, rows, C] -> int32 [height * stride, O]; two columns of each row mean nothing."""
+    total, length = None, height * stride
+    for frame, planes in zip(frames, taps, strict=True):
+        for dh in range(3):
+            for dw in range(3):
+                start = dh * stride + dw
+                part = multiply_int8(frame[start : start + length], planes[dh, dw])
+                total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """x [B, C, ...]."""
+    shape = (-1, *[1] * (x.ndim - 2))
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    a = x * (math.sqrt(x.shape[1]) / norm.clamp_min(1e-12)) * gamma.view(shape)
+    a = F.silu(a.float(), inplace=True)
+    a = a.mul_(step.reciprocal().view(shape)).add_(zero.view(shape))
+    return a.round_().clamp_(-127, 127).to(torch.int8)

@@ -1,0 +1,1 @@
+"""Number formats of the models' layers, and which layer gets which."""
