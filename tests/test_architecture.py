@@ -52,6 +52,7 @@ LINES = {
             "wanrt.pipeline",
             "wanrt.components",
             "wanrt.conditions",
+            "wanrt.denoiser",
             "wanrt.planning",
             "wanrt.request",
             "wanrt.tasks",

@@ -139,6 +139,10 @@ class Components:
         if not self.keep and any(name in self._loaded for name in names):
             self._drop(*names)
 
+    def clear(self) -> None:
+        """Let every part go."""
+        self._drop(*self._loaded)
+
     def _drop(self, *names: str) -> None:
         for name in names:
             self._loaded.pop(name, None)
