@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from wanrt import env
 from wanrt.config import MODELS, Defaults, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
+from wanrt.memory.prompt_cache import PromptCache
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, read_spiece
@@ -21,6 +23,7 @@ from wanrt.weights.parts import Parts
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 
+_WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
@@ -110,6 +113,13 @@ class Components:
 
     def clip(self) -> nn.Module:
         return self._get("clip", "clip", self.dtypes.clip)
+
+    def prompt_cache(self) -> PromptCache | None:
+        """Where features of prompts wait between runs; a small encoder is faster than a disk."""
+        folder, encoder = env.cache_folder(), self.parts.found.get("umt5")
+        if folder is None or encoder is None or encoder.num_bytes < _WORTH_CACHING:
+            return None
+        return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
         """From its own file, or from the text encoder's, where ComfyUI embeds it."""

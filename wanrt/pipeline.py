@@ -221,7 +221,7 @@ class Pipeline:
             return
         self._forget(set(prompts), len(new))
         parts = self.components
-        tokenizer, pairs = parts.tokenizer(), []
+        tokenizer, cache, pairs = parts.tokenizer(), parts.prompt_cache(), {}
         for prompt in new:
             tokens = tokenizer([prompt], self.spec.dit.text_len)
             for cut in tokens.truncated:
@@ -230,10 +230,20 @@ class Pipeline:
                     cut.num_tokens,
                     self.spec.dit.text_len,
                 )
-            pairs.append((tokens.ids.to(parts.device), tokens.mask.to(parts.device)))
-        features = within_memory(parts, "text", lambda: parts.umt5().forward_each(pairs))
-        for prompt, rows in zip(new, features, strict=True):
-            self._embeds[prompt] = rows[0].float()
+            known = None if cache is None else cache.get(tokens.ids)
+            if known is None:
+                pairs[prompt] = (tokens.ids.to(parts.device), tokens.mask.to(parts.device))
+            else:
+                self._embeds[prompt] = known.to(parts.device)
+        if not pairs:
+            return
+        encoded = within_memory(
+            parts, "text", lambda: parts.umt5().forward_each(list(pairs.values()))
+        )
+        for (prompt, (ids, _)), features in zip(pairs.items(), encoded, strict=True):
+            self._embeds[prompt] = features[0].float()
+            if cache is not None:
+                cache.put(ids, self._embeds[prompt])
         parts.release("umt5")
 
     def _forget(self, needed: set[str], coming: int) -> None:
