@@ -76,12 +76,9 @@ class Conditions:
 
     def prepare(self, dit: nn.Module) -> tuple[Any, Any]:
         """Keys and values of the text for this transformer, once: with the prompt, without."""
-        texts = (self.text, self.negative)
-        cond, uncond = (
-            text and dit.prepare(text.rows, self.image_context, key_bias=text.key_bias)
-            for text in texts
-        )
-        return cond, uncond
+        texts = [self.text] if self.negative is None else [self.text, self.negative]
+        caches = dit.prepare_each(texts, self.image_context)
+        return caches[0], caches[1] if len(caches) > 1 else None
 
     def step_inputs(self, t: float) -> StepInputs:
         extra: dict[str, Any] = {}
