@@ -87,8 +87,11 @@ def test_predicted_bytes_in_16_bits(
         for module in (conv, channel_norm):
             monkeypatch.setattr(module, "launch", lambda *args, **options: None)
         monkeypatch.setattr(conv, "_tile", lambda *args: conv.Tile(128, 64, 0, 32, 4, 4))
-        ops = VaeOps(
-            rms_norm_channels, conv.causal_conv3d, conv.upsample_conv2d, conv.downsample_conv2d
+        ops = TORCH._replace(
+            rms_norm_channels=rms_norm_channels,
+            causal_conv3d=conv.causal_conv3d,
+            upsample_conv2d=conv.upsample_conv2d,
+            downsample_conv2d=conv.downsample_conv2d,
         )
     for work in (VaeWork(1), VaeWork(1, band=16)):
         measured = measure(spec, side, (480, 832), torch.bfloat16, work, ops)
