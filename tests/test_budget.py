@@ -118,3 +118,24 @@ def test_budgets_are_read_as_people_write_them() -> None:
     for text in ("", "0", "-1G", "8T", "eight"):
         with pytest.raises(UsageError, match="--vram"):
             parse_bytes(text, "--vram")
+
+
+def test_requests_may_be_interleaved(zoo: Any) -> None:
+    """A run goes by its own plan, whatever came in between."""
+    alone = zoo.open("nano").generate(PROMPT, **SIZE).np
+    pipe = zoo.open("nano", vram="30M")
+    first = pipe.start(PROMPT, **SIZE)
+    latents = pipe.denoise(first)
+    other = pipe.start("a blue square", decode=False, **(SIZE | {"width": 96, "num_frames": 5}))
+    frames = pipe.decode(first, latents)
+    begun = next(frames)
+    pipe.denoise(other)
+    assert np.array_equal(np.concatenate([begun, *frames]), alone)
+
+
+def test_what_was_kept_goes_when_it_no_longer_fits(zoo: Any) -> None:
+    pipe = zoo.open("nano", vram="60M")
+    pipe.generate(PROMPT, **SIZE)
+    assert pipe.components.keep and len(pipe.components._loaded) == 3
+    pipe.generate(PROMPT, **(SIZE | {"width": 128, "height": 128}))
+    assert not pipe.components.keep and not pipe.components._loaded

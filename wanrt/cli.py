@@ -23,6 +23,7 @@ from wanrt.media.output import check_output
 from wanrt.media.video import check_codec, write_video
 from wanrt.memory.budget import gib
 from wanrt.memory.meter import Meter, metered
+from wanrt.memory.plan import Plan
 from wanrt.pipeline import Pipeline, Run
 from wanrt.progress import Bars
 from wanrt.tasks.limits import round_frames
@@ -168,10 +169,12 @@ def generate(
         )
         configs = [GenerateConfig(job.prompt, seed=job.seed, **settings) for job in jobs]
         requests = [pipe.check(config) for config in configs]
-        settled, _ = prepare_inputs(configs[0], requests[0], pipe.spec)  # the same for all jobs
+        settled, inputs = prepare_inputs(
+            configs[0], requests[0], pipe.spec
+        )  # the same for all jobs
         for job in jobs:
             check_output(job.out, overwrite, settled.num_frames)
-        plan = pipe.plan(settled)
+        plan = pipe.plan(settled, refs=len(inputs.refs))
         if plan is not None and not as_json:
             cli_plan.show(plan, Console(stderr=True, width=cli_plan.WIDE))
         with metered(pipe.components.device) if plan else nullcontext(Meter()) as meter:
@@ -182,7 +185,7 @@ def generate(
                 frames = pipe.decode(run, latents)
                 write_video(job.out, frames, run.request.fps, codec, crf, overwrite)
                 bars.finish()
-                _print_result(job, run, meter, as_json)
+                _print_result(job, run, plan, meter, as_json)
 
 
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
@@ -211,12 +214,13 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return found
 
 
-def _print_result(job: Job, run: Run, meter: Meter, as_json: bool) -> None:
+def _print_result(job: Job, run: Run, plan: Plan | None, meter: Meter, as_json: bool) -> None:
+    """plan: that of the prompts of all jobs, which were encoded before the first."""
     request, seconds = run.request, sum(run.timings.values())
-    planned = run.plan and run.plan.peak
+    planned = plan and run.plan and max(plan.peak, run.plan.peak)
     if as_json:
         timings = {phase: round(value, 3) for phase, value in run.timings.items()}
-        memory = run.plan and {"planned": planned, "measured": meter.peak}
+        memory = planned and {"planned": planned, "measured": meter.peak}
         result = {"path": str(job.out), **asdict(request), "timings": timings, "memory": memory}
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return

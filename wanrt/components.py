@@ -92,7 +92,11 @@ class Components:
 
     def follow(self, plan: Plan) -> None:
         """Parts loaded from now on lie where the plan says; those that lie otherwise go."""
+        if plan is self.plan:
+            return
         self.plan, self.keep = plan, plan.keep
+        if not plan.keep:
+            self.clear()
         for name in list(self._loaded):
             if self._placed[name] != self._placement(name):
                 self._drop(name)
@@ -155,16 +159,19 @@ class Components:
 
     def _drop(self, *names: str) -> None:
         for name in names:
-            self._loaded.pop(name, None)
+            part = self._loaded.pop(name, None)
+            if (stream := getattr(part, "weight_stream", None)) is not None:
+                stream.close()
+            del part, stream
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _placement(self, name: str) -> Placement | None:
-        """Where the plan puts a part's blocks; None where they simply stay on the device."""
+        """Where the plan puts a part's blocks; as they lie where it has no word on them."""
         phase = {"dit": "step", "low_noise": "step", "umt5": "text", "clip": "image"}.get(name)
         if self.plan is None or phase not in self.plan.options:
-            return None
+            return self._placed.get(name)
         return self.plan.placement(phase)
 
     def _get(self, name: str, kind: Kind, dtype: torch.dtype) -> nn.Module:

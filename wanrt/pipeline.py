@@ -156,7 +156,7 @@ class Pipeline:
         embeds = (prompt_embeds, negative_embeds)
         request = self.check(config, embeds, decode=decode)
         request, inputs = prepare_inputs(config, request, self.spec)
-        plan = self.plan(request, embeds, decode=decode)
+        plan = self.plan(request, embeds, refs=len(inputs.refs), decode=decode)
         begin = time.perf_counter()
         self.encode_prompts(_without(embeds, request.prompts))
         encoded = time.perf_counter()
@@ -194,6 +194,7 @@ class Pipeline:
         request: Request,
         embeds: tuple[Tensor | None, ...] = (None, None),
         *,
+        refs: int = 0,
         decode: bool = True,
     ) -> Plan | None:
         """Decide where everything of this request will lie; parts that lie otherwise are let go.
@@ -208,7 +209,7 @@ class Pipeline:
         if new := [text for text in texts if text not in self._embeds]:
             tokens = self.components.tokenizer()(new, self.spec.dit.text_len)
             lengths.append(int(tokens.mask.sum(1).max()))
-        ask = ask_of(request, max(lengths), encodes_text=bool(new), decodes=decode)
+        ask = ask_of(request, max(lengths), refs, encodes_text=bool(new), decodes=decode)
         plan = plan_request(self.components, ask, self.budgets)
         self.components.follow(plan)
         return plan
@@ -234,14 +235,14 @@ class Pipeline:
             if known is None:
                 pairs[prompt] = (tokens.ids.to(parts.device), tokens.mask.to(parts.device))
             else:
-                self._embeds[prompt] = known.to(parts.device)
+                self._embeds[prompt] = known
         if not pairs:
             return
         encoded = within_memory(
             parts, "text", lambda: parts.umt5().forward_each(list(pairs.values()))
         )
         for (prompt, (ids, _)), features in zip(pairs.items(), encoded, strict=True):
-            self._embeds[prompt] = features[0].float()
+            self._embeds[prompt] = features[0].float().cpu()
             if cache is not None:
                 cache.put(ids, self._embeds[prompt])
         parts.release("umt5")
@@ -265,6 +266,7 @@ class Pipeline:
         timesteps, sigmas = self._schedule(request)
         solver = sampler.make_solver(request.solver, sigmas)
         x = self._start(request, conditions, latents)
+        self._follow(run)
         denoiser = Denoiser(self.components, conditions, run.timed)
         for i, t in enumerate(timesteps.tolist()):
             expert = expert_for(t, spec.boundary)
@@ -278,7 +280,13 @@ class Pipeline:
             if on_step is not None:
                 on_step(Step(i, len(timesteps), t, float(sigmas[i]), x))
         denoiser.release()
+        run.plan = self.components.plan  # a thriftier one, where memory ran out
         return x[:, :, conditions.num_refs :]
+
+    def _follow(self, run: Run) -> None:
+        """Another request may have come in between."""
+        if run.plan is not None:
+            self.components.follow(run.plan)
 
     def _schedule(self, request: Request) -> sampler.Schedule:
         if request.distilled:
@@ -305,6 +313,7 @@ class Pipeline:
         Where the driver refuses memory, decoding starts again by a thriftier plan and goes on with
         the frames that are still wanted.
         """
+        self._follow(run)
         report, total, done = self.components.report, latents.shape[2], 0
         nearest = run.request.task == "t2i"
         chunks: Iterator[Tensor] | None = None

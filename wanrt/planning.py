@@ -76,8 +76,8 @@ def within_memory(
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError as error:
-            if components.plan is None:
+        except RuntimeError as error:
+            if components.plan is None or not _ran_out(error):
                 raise
             reason = str(error).partition("\n")[0]
         let_go()  # not in the handler, whose traceback holds what should go
@@ -88,7 +88,14 @@ def within_memory(
         components.follow(plan)
 
 
-def ask_of(request: Request, text_rows: int, encodes_text: bool, decodes: bool) -> Ask:
+def _ran_out(error: RuntimeError) -> bool:
+    """PyTorch, the driver, Triton and the libraries each say it in their own way."""
+    said = str(error).lower()
+    signs = ("out of memory", "alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in signs)
+
+
+def ask_of(request: Request, text_rows: int, refs: int, encodes_text: bool, decodes: bool) -> Ask:
     """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
     return Ask(
         request.width,
@@ -97,6 +104,7 @@ def ask_of(request: Request, text_rows: int, encodes_text: bool, decodes: bool) 
         guided=request.guided,
         image=request.task in ("i2v", "flf2v", "vace"),
         text_rows=text_rows + 1,
+        refs=refs,
         encodes_text=encodes_text,
         decodes=decodes,
     )

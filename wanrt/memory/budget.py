@@ -1,13 +1,15 @@
 """Budgets as users write them, and what a card has left."""
 
 import re
+from functools import cache
 
 import torch
 
 from wanrt.errors import BudgetError, UsageError
 
 GIB = 1 << 30
-FIXED = GIB // 2  # context, modules and library workspaces of a CUDA process
+FIXED = GIB // 2  # context and modules of a CUDA process, outside PyTorch's allocator
+WORKSPACE = GIB // 8  # of libraries, and what the allocator rounds up, inside it
 MARGIN = GIB // 4  # of the free memory, left to others where no budget is named
 
 _UNITS = {"": GIB, "G": GIB, "M": 1 << 20}
@@ -43,5 +45,13 @@ def enforce(budget: int, device: torch.device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if budget > total:
         raise BudgetError(f"--vram {gib(budget)} is more than the card's {gib(total)}")
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    torch.cuda.set_per_process_memory_fraction((budget - FIXED) / total, device)
+    _grow_by_pages()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction((budget - FIXED) / total, index)
+
+
+@cache
+def _grow_by_pages() -> None:
+    """PyTorch 2.13 moved the function to where all accelerators find it."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

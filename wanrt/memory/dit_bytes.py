@@ -65,11 +65,18 @@ class Tokens:
 
 
 def count_tokens(
-    spec: WanSpec, width: int, height: int, num_frames: int, text: int, image: bool = False
+    spec: WanSpec,
+    width: int,
+    height: int,
+    num_frames: int,
+    text: int,
+    image: bool = False,
+    refs: int = 0,
 ) -> Tokens:
-    """width, height in pixels; `image`: a first frame is given to a model that may do without."""
+    """width, height in pixels; `image`: a first frame is given to a model that may do without;
+    `refs`: reference images, each a frame of latents."""
     stride, patch = spec.vae.spatial_stride, spec.dit.patch_size
-    frames = (num_frames - 1) // spec.vae.temporal_stride + 1
+    frames = (num_frames - 1) // spec.vae.temporal_stride + 1 + refs
     pixels = frames * (height // stride) * (width // stride)
     tokens = pixels // (patch[0] * patch[1] * patch[2])
     clip = 0 if spec.dit.image_dim is None else (spec.dit.image_pos_tokens or 257)
@@ -115,11 +122,17 @@ def text_cache_bytes(spec: DitSpec, tokens: Tokens, element: int) -> int:
 def latent_bytes(spec: DitSpec, tokens: Tokens) -> int:
     """fp32 tensors over the latent pixels: what the solver keeps, the conditions, both velocities.
 
-    UniPC holds the sample, two predictions and the last sample, and makes two more in a step.
+    UniPC holds the sample, two predictions and the last sample, and makes two more in a step. With
+    them the rotary table, cos and sin of each token and pair.
     """
     channels = 8 * spec.out_dim + 2 * spec.in_dim
-    if spec.vace_layers:
-        channels += spec.vace_in_dim
+    table = tokens.length * spec.head_dim * 4
+    return channels * tokens.pixels * 4 + condition_bytes(spec, tokens) + table
+
+
+def condition_bytes(spec: DitSpec, tokens: Tokens) -> int:
+    """fp32 latents of pictures and videos that condition a request: there until its end."""
+    channels = spec.in_dim - spec.out_dim + (spec.vace_in_dim if spec.vace_layers else 0)
     return channels * tokens.pixels * 4
 
 

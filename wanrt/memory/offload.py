@@ -6,10 +6,13 @@ that are free; a buffer is free once all work that was queued before its block w
 Text encoder, CLIP tower and both transformers go through this one mechanism.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.memory.placement import Placement
+
+log = logging.getLogger("wanrt")
 
 _ALIGNMENT = 256  # bytes, as CUDA's allocator aligns
 
@@ -104,15 +109,15 @@ class WeightStream:
                     self._stops[r, i] = _Stop(visit, _lay_out(module, visit, dtype_of))
         streamed = [stop for key, stop in self._stops.items() if key[0] == 0]
         for stop in streamed[: placement.num_pinned]:
-            stop.host = host_buffer(stop.num_bytes, device)
+            stop.host = _host_memory(stop.num_bytes, device)
         self._stop_of = {name: stop for stop in self._stops.values() for name in stop.places}
         self._next = _successors(list(self._stops))
         size = max(stop.num_bytes for stop in self._stops.values())
-        staged = any(stop.host is None for stop in self._stops.values())
+        staged = max((s.num_bytes for s in self._stops.values() if s.host is None), default=0)
         self._free = [
             _Slot(
                 torch.empty(size, dtype=torch.uint8, device=device),
-                host_buffer(size, device) if staged else None,
+                host_buffer(staged, device) if staged else None,
             )
             for _ in range(placement.slots)
         ]
@@ -129,7 +134,13 @@ class WeightStream:
         """From now on every visit happens by itself, when its module is called."""
         for key, stop in self._stops.items():
             owner = self.module.get_submodule(stop.visit.module)
-            owner.register_forward_pre_hook(lambda *_, key=key: self.enter(key))
+            owner.register_forward_pre_hook(partial(_enter, weakref.ref(self), key))
+
+    def close(self) -> None:
+        """Nothing is copied from now on; waits for what is under way. Then the memory can go."""
+        self._worker.shutdown(cancel_futures=True)
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def streams(self, name: str) -> bool:
         """Whether a weight is one that the module never holds for itself."""
@@ -153,14 +164,18 @@ class WeightStream:
         if key not in self._coming:
             self._request(key, force=True)
         coming = self._coming.pop(key)
-        coming.done.result()
+        try:
+            coming.done.result()
+        except BaseException:
+            self._free.append(coming.slot)
+            raise
         if coming.slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(coming.slot.copied)
         for name, place in self._stops[key].places.items():
             _assign(self.module, name, place.view(coming.slot.buffer))
         self._now = (key, coming.slot)
         following = key
-        while self._free and (following := self._next[following]) != key:
+        while self._free and (following := self._next.get(following)) not in (None, key):
             self._request(following)
 
     def _leave(self) -> None:
@@ -180,7 +195,7 @@ class WeightStream:
             return
         if force and not self._free:
             unused = self._coming.pop(next(iter(self._coming)))
-            unused.done.result()
+            unused.done.exception()  # whatever became of it: nobody asked for it yet
             self._free.append(unused.slot)
         if self._free:
             slot = self._free.pop(0)
@@ -208,6 +223,13 @@ class WeightStream:
             slot.copied = self._copies.record_event()
 
 
+def _enter(stream: "weakref.ref[WeightStream]", key: _Key, *_: object) -> None:
+    """The hook of a module; it does not keep the stream, which keeps the module."""
+    found = stream()
+    assert found is not None, f"{key=}: the weights of this module are gone"
+    found.enter(key)
+
+
 def _finish(worker: ThreadPoolExecutor, copies: torch.cuda.Stream | None) -> None:
     """Before the buffers go: no copy into them, or out of host memory, is under way.
 
@@ -229,12 +251,28 @@ def _lay_out(
 
 
 def _successors(keys: list[_Key]) -> dict[_Key, _Key]:
-    """For each stop the next one of its round; the last one leads to the first."""
+    """For each stop the next one. The last one of a round leads to the first forward pass.
+
+    A model with a single round, an encoder, is passed once: nothing follows its last stop.
+    """
+    rounds: dict[int, list[_Key]] = {}
+    for key in keys:
+        rounds.setdefault(key[0], []).append(key)
     following = {}
-    for r in {key[0] for key in keys}:
-        mine = [key for key in keys if key[0] == r]
-        following.update(zip(mine, mine[1:] + mine[:1], strict=True))
+    for mine in rounds.values():
+        following.update(pairwise(mine))
+        if len(rounds) > 1:
+            following[mine[-1]] = rounds[0][0]
     return following
+
+
+def _host_memory(num_bytes: int, device: torch.device) -> Tensor | None:
+    """Where a block waits; None, so that it comes from its file, where no more can be pinned."""
+    try:
+        return host_buffer(num_bytes, device)
+    except RuntimeError as error:
+        log.warning("no more host memory can be pinned (%s): blocks come from their file", error)
+        return None
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from wanrt.memory.dit_bytes import (
     Format,
     Tokens,
     activation_bytes,
+    condition_bytes,
     count_tokens,
     dit_weights,
     latent_bytes,
@@ -61,8 +62,9 @@ def text_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Ite
 def clip_options(spec: WanSpec, form: Format, machine: Machine) -> Iterator[Option]:
     """One picture at a time through the CLIP tower."""
     assert spec.clip is not None, f"{spec.id=}"
-    weights = clip_weights(spec.clip, form.other)
-    held = clip_activations(spec.clip, form.other)
+    element = machine.image_bytes(form)
+    weights = clip_weights(spec.clip, element)
+    held = clip_activations(spec.clip, element)
     yield from _encoder_options("image", weights, held, machine)
 
 
@@ -92,7 +94,7 @@ def dit_options(
     spec: WanSpec, ask: Ask, form: Format, machine: Machine, pinned_room: int | None
 ) -> Iterator[Option]:
     """One denoising step: how many blocks stay, and whether both texts pass a block in turn."""
-    tokens = count_tokens(spec, ask.width, ask.height, ask.num_frames, ask.text_rows, ask.image)
+    tokens = _tokens(spec, ask)
     weights = dit_weights(spec.dit, form)
     orders: tuple[Guidance, ...] = ("sequential", "interleaved") if ask.guided else ("none",)
     for order in orders:
@@ -118,6 +120,11 @@ def dit_options(
                 seconds=max(compute, copies),
             )
             yield Option(phase, placement, order)
+
+
+def _tokens(spec: WanSpec, ask: Ask) -> Tokens:
+    size = (ask.width, ask.height, ask.num_frames)
+    return count_tokens(spec, *size, ask.text_rows, ask.image, ask.refs)
 
 
 def visit_sizes(spec: WanSpec, weights: DitWeights) -> list[int]:
@@ -204,7 +211,7 @@ def _vae_option(
     work: VaeWork,
 ) -> Option:
     """What is coded waits on the device beside the VAE; the time is that of decoding."""
-    vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.vae_bytes(form)
+    vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.image_bytes(form)
     rows, columns = ask.height // stride, ask.width // stride
     chunks = (ask.num_frames - 1) // vae.temporal_stride + 1
     need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
@@ -222,7 +229,7 @@ def _vae_option(
     phase = Phase(
         name,
         weights=vae_weights(vae) * element,
-        activations=need.activations + 4 * given,
+        activations=need.activations + 4 * given + condition_bytes(spec.dit, _tokens(spec, ask)),
         caches=need.caches,
         seconds=seconds * repeated * (_SINGLE_FRAMES if work.frames else 1.0),
     )

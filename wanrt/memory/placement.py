@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from wanrt.memory.budget import FIXED
+from wanrt.memory.budget import FIXED, WORKSPACE
 from wanrt.memory.dit_bytes import Format
 
 Guidance = Literal["none", "sequential", "interleaved"]
@@ -24,8 +24,8 @@ class Machine:
     device: Literal["cuda", "cpu"] = "cuda"
     fused: bool = True  # norms and rotation are single kernels
 
-    def vae_bytes(self, form: Format) -> int:
-        """Of a number in the VAE, which runs in fp32 on a CPU, as the reference does everywhere."""
+    def image_bytes(self, form: Format) -> int:
+        """Of a number in the VAE and in CLIP, which run in fp32 on a CPU."""
         return form.other if self.device == "cuda" else 4
 
     @property
@@ -35,8 +35,8 @@ class Machine:
 
     @property
     def fixed(self) -> int:
-        """What the process holds on the device before it holds a tensor, bytes."""
-        return FIXED if self.device == "cuda" else 0
+        """What the process holds on the device beside tensors, bytes."""
+        return FIXED + WORKSPACE if self.device == "cuda" else 0
 
 
 TYPICAL = Machine()
@@ -52,6 +52,7 @@ class Ask:
     guided: bool = True
     image: bool = False  # a picture or a video conditions it
     text_rows: int = TEXT_ROWS  # of the longer prompt
+    refs: int = 0  # reference images of VACE; each is a frame of latents more
     encodes_text: bool = True  # a prompt's features are not known yet
     decodes: bool = True  # frames are wanted, not latents
     lora: int = 0  # bytes of low-rank branches, which stay on the device

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ def load_component(
             progress(done, weights.total)
     if stream is not None:
         stream.attach()
+        module.weight_stream = stream
     return module.eval().requires_grad_(False)
 
 
@@ -97,6 +99,7 @@ class _Weights:
         self._fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
         self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
         self._unchecked = set(self.sources) if check else set()
+        self._lock = Lock()  # a stream reads in its own thread
 
     def num_bytes(self, name: str) -> int:
         """As stored."""
@@ -108,7 +111,8 @@ class _Weights:
     def read(self, name: str) -> Tensor:
         source = self.sources[name]
         shape = shape_of(source, self.checkpoint.tensors)
-        tensor = _read(self._reader, source, shape, self.dtype_of(name))
+        with self._lock:
+            tensor = _read(self._reader, source, shape, self.dtype_of(name))
         if name in self._unchecked:
             _check_finite(self.checkpoint, source, tensor)
             self._unchecked.remove(name)
