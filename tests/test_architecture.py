@@ -50,8 +50,10 @@ LINES = {
     8: Line(
         (
             "wanrt.pipeline",
+            "wanrt.adapter",
             "wanrt.components",
             "wanrt.conditions",
+            "wanrt.loras",
             "wanrt.planning",
             "wanrt.request",
             "wanrt.tasks",

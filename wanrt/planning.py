@@ -49,7 +49,9 @@ def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:
     return plan
 
 
-def ask_of(request: Request, text_rows: int, encodes_text: bool, decodes: bool) -> Ask:
+def ask_of(
+    request: Request, text_rows: int, encodes_text: bool, decodes: bool, lora: int = 0
+) -> Ask:
     """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
     return Ask(
         request.width,
@@ -60,4 +62,5 @@ def ask_of(request: Request, text_rows: int, encodes_text: bool, decodes: bool) 
         text_rows=text_rows + 1,
         encodes_text=encodes_text,
         decodes=decodes,
+        lora=lora,
     )

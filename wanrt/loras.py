@@ -1,0 +1,190 @@
+"""The LoRAs of a model: which file serves which expert, and the settings that some are made for.
+
+Those given when a pipeline is loaded are part of the model: they merge into weights that lie on the
+device, and stay with it. Those of a request run as side branches, so that the next request may have
+others, or other strengths, at once; so do all of them where blocks stream.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from wanrt.config import Lora, WanSpec
+from wanrt.errors import UsageError
+from wanrt.guidance import Expert
+from wanrt.weights.load import skeleton
+from wanrt.weights.lora import Change, Fit, LoraFile, Shapes, some
+from wanrt.weights.titles import expert as expert_of
+
+log = logging.getLogger("wanrt")
+
+MAX_LORAS = 64
+MAX_STRENGTH = 100.0
+_DISTILLED_NAME = re.compile(r"lightx2v|lightning|\d[-_ ]?steps?|distill|causvid|fusionx", re.I)
+
+
+class Preset(NamedTuple):
+    """What a step-distilled LoRA was made for (wan-spec 6.8); all run without guidance."""
+
+    num_steps: int
+    flow_shift: float | None = None  # None: the model's own
+    fixed_steps: bool = False  # the list of timesteps that lightx2v trains on
+
+
+PRESETS = {
+    "lightx2v-4step": Preset(4, 5.0, fixed_steps=True),
+    "causvid": Preset(8),
+    "fusionx": Preset(8),
+}
+
+
+class Use(NamedTuple):
+    """One LoRA on one transformer. `second`: its keys under `transformer_2`."""
+
+    file: LoraFile
+    second: bool
+    fit: Fit
+    strength: float
+
+    @property
+    def key(self) -> tuple[Path, int, bool]:
+        """The same for the same tensors, whatever the strength."""
+        return self.file.path, id(self.file), self.second
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Change:
+        return self.file.read(name, shape, self.second)
+
+
+def parse_loras(given: Sequence[object]) -> tuple[Lora, ...]:
+    """Paths, `FILE:WEIGHT` and Lora objects, checked. Raises UsageError."""
+    if isinstance(given, str | Path):
+        raise UsageError(f"loras is {given!r}; give a list of files")
+    loras = tuple(Lora.parse(one) for one in given)
+    if len(loras) > MAX_LORAS:
+        raise UsageError(f"{len(loras)} LoRAs; at most {MAX_LORAS} at once")
+    for lora in loras:
+        if not math.isfinite(lora.strength) or abs(lora.strength) > MAX_STRENGTH:
+            limit = f"it must be -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            raise UsageError(f"the weight of {lora.path} is {lora.strength}; {limit}")
+    return loras
+
+
+def hint_at_preset(loras: Sequence[Lora]) -> None:
+    """Say that a LoRA is named like a step-distilled one; for requests with usual settings."""
+    named = [one.path for one in loras if _DISTILLED_NAME.search(Path(one.path).name)]
+    if named:
+        log.warning("%s: made for few steps? --preset %s", named[0], ", ".join(PRESETS))
+
+
+@dataclass
+class Shelf:
+    """LoRA files of one model, opened once and held against its shapes; headers only."""
+
+    spec: WanSpec
+
+    def __post_init__(self) -> None:
+        self._files: dict[tuple[str, int], LoraFile] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._told: set[tuple[object, ...]] = set()
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of every weight of the transformer."""
+        if not self._shapes:
+            module = skeleton("dit", self.spec.dit)
+            self._shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+        return self._shapes
+
+    def check(self, loras: Sequence[Lora]) -> None:
+        """Raises FormatError for a file that cannot be used, UsageError for a wrong expert."""
+        for lora in loras:
+            if self.spec.boundary is None and lora.expert != "auto":
+                raise UsageError(
+                    f"{lora.path}:{lora.expert} is for two-expert models; "
+                    f"{self.spec.title} has one expert"
+                )
+        for expert in self._experts():
+            self.uses(loras, expert)
+
+    def uses(self, loras: Sequence[Lora], expert: Expert) -> tuple[Use, ...]:
+        """The LoRAs that act on an expert; a model without two has the `high` one."""
+        found = []
+        for lora in loras:
+            file = self._open(lora.path)
+            if expert in _experts_of(lora, file, self.spec.boundary is not None):
+                second = bool(file.second) and (expert == "low" or not file.entries)
+                second = second and self.spec.boundary is not None
+                fit = file.fit(self.shapes, self.spec.title, second)
+                self._tell(file, fit, second)
+                found.append(Use(file, second, fit, lora.strength))
+        return tuple(found)
+
+    def num_bytes(self, loras: Sequence[Lora], element: int) -> int:
+        """What branches and differences keep on the device, at most."""
+        each = (
+            sum(u.file.num_bytes(u.fit, self.shapes, element, u.second) for u in uses)
+            for uses in (self.uses(loras, expert) for expert in self._experts())
+        )
+        return max(each)
+
+    def merges(self, uses: Sequence[Use]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """For each weight that changes: from the fp32 weight to the merged one, in place."""
+        names = dict.fromkeys(name for use in uses for name in use.fit.names)
+        return {
+            name: partial(_merge, [use for use in uses if name in use.fit.names], name)
+            for name in names
+        }
+
+    def _experts(self) -> tuple[Expert, ...]:
+        return ("high",) if self.spec.boundary is None else ("high", "low")
+
+    def _open(self, path: str) -> LoraFile:
+        stamp = Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
+        if (path, stamp) not in self._files:
+            self._files[path, stamp] = LoraFile(path)
+        return self._files[path, stamp]
+
+    def _tell(self, file: LoraFile, fit: Fit, second: bool) -> None:
+        """Once per file: what of it does nothing."""
+        key = (file.path, second)
+        if fit.unmatched and key not in self._told:
+            self._told.add(key)
+            log.warning(
+                "%s: %d of its %d keys have no place in %s: %s",
+                file.path,
+                len(fit.unmatched),
+                len(file.checkpoint.tensors),
+                self.spec.title,
+                some(list(fit.unmatched)),
+            )
+
+
+def _experts_of(lora: Lora, file: LoraFile, two: bool) -> tuple[Expert, ...]:
+    if lora.expert in ("high", "low"):
+        return (lora.expert,)
+    if not two:
+        return ("high",)
+    if lora.expert == "both":
+        return ("high", "low")
+    if file.second:
+        return ("high", "low") if file.entries else ("low",)
+    named = expert_of(file.path)
+    return (named,) if named else ("high", "low")
+
+
+def _merge(uses: Sequence[Use], name: str, weight: Tensor) -> Tensor:
+    for use in uses:
+        change = use.read(name, tuple(weight.shape))
+        if change.low_rank is not None:
+            down, up = (part.to(weight.device) for part in change.low_rank)
+            weight.view(weight.shape[0], -1).addmm_(up, down, alpha=use.strength)
+        if change.diff is not None:
+            weight.add_(change.diff.to(weight.device), alpha=use.strength)
+    return weight
