@@ -175,7 +175,7 @@ def _experts_of(lora: Lora, file: LoraFile, two: bool) -> tuple[Expert, ...]:
         return ("high", "low")
     if file.second:
         return ("high", "low") if file.entries else ("low",)
-    named = expert_of(file.path)
+    named = expert_of(Path(file.path.name)) or expert_of(file.path)
     return (named,) if named else ("high", "low")
 
 
