@@ -37,7 +37,7 @@ def write(tmp_path: Path) -> Write:
 
 def changes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """All that a file adds to a model's weights."""
-    file = LoraFile(path)
+    file = LoraFile.open(path)
     found = {}
     for name in file.fit(shapes, "the model").names:
         change = file.read(name, shapes[name])
@@ -159,7 +159,7 @@ def test_what_has_no_place_is_listed(zoo: Any, write: Write) -> None:
     t2v, i2v = (shapes_of(zoo.specs[name].dit) for name in (T2V, I2V))
     given = truth(i2v, [*matrices(i2v), "patch_embedding"])
     tensors = DIALECTS["comfy AB"](given) | {"lora_te_text_model.lora_down.weight": torch.ones(2)}
-    fit = LoraFile(write(tensors)).fit(t2v, "the model")
+    fit = LoraFile.open(write(tensors)).fit(t2v, "the model")
     assert len(fit.names) == len(matrices(t2v))
     lost = {name.split(".")[-3] for name in fit.unmatched}
     assert lost == {"k_img", "v_img", "patch_embedding", "lora_te_text_model"}
@@ -222,4 +222,4 @@ def test_garbage(tmp_path: Path) -> None:
     for name, content in {"a.safetensors": b"GGUF" + bytes(99), "b.gguf": b"GGUF"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FormatError, match="GGUF|gguf"):
-            LoraFile(tmp_path / name)
+            LoraFile.open(tmp_path / name)

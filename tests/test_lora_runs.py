@@ -1,5 +1,6 @@
 """LoRAs at work: merged and beside the weights, resident and streamed, request by request."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,69 @@ def test_command_line(
     assert errors == [0, 0, 3, 3]
     assert pictures[0] != pictures[1] == pictures[2]
     assert "no such file" in err
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["inspect", *map(str, args)])
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_inspect_says_what_it_is(
+    zoo: Any, files: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = files(I2V)
+    code, out, _ = inspect(capsys, first)
+    assert code == 0
+    assert "LoRA of rank 3 (for width 128, image to video, ComfyUI names, " in out
+    assert "keys are Wan's" in out and " fp32 " in out
+    assert "kohya names" in inspect(capsys, second)[1]
+    code, out, _ = inspect(capsys, first, "--model", zoo.path(T2V))
+    assert code == 0 and "no place for diffusion_model.blocks.0.cross_attn.k_img.lora_down" in out
+    *_, row = inspect(capsys, first, "--model", zoo.path(T2V), "--json")[1].splitlines()
+    (held,) = json.loads(row)["matches"]
+    assert "blocks.0.ffn.0.weight" in held["weights"] and held["expert"] == "high"
+    assert not any("self_attn" in key for key in held["unmatched"])
+    code, out, _ = inspect(capsys, first, "--model", zoo.path(A14B))
+    assert code == 0 and "low noise" in out
+
+
+def test_inspect_says_what_is_wrong(
+    zoo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "dora.safetensors"
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(128, 2)}
+    tensors["dora_scale"] = torch.ones(128, 1)
+    save_file({f"{stem}.{name}": t for name, t in tensors.items()}, path)
+    code, out, _ = inspect(capsys, path)
+    assert code == 0 and "for width 128" in out and "has DoRA" in out
+    code, _, err = inspect(capsys, path, "--model", zoo.path(T2V))
+    assert code == 3 and "use a plain LoRA" in err and err.count("\n") == 1
+    code, _, err = inspect(capsys, path, "--model", "wan2.1-t2v-14b")
+    assert code == 3
+
+
+def test_a_name_that_promises_few_steps(
+    zoo: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "wan_lightx2v_4step.safetensors"
+    written(path, T2V, zoo)
+    pipe = zoo.open(T2V)
+    pipe.check(wanrt.GenerateConfig("x", loras=[path]))
+    assert "--preset lightx2v-4step" in caplog.text
+    caplog.clear()
+    pipe.check(wanrt.GenerateConfig("x", loras=[path], preset="lightx2v-4step"))
+    assert not caplog.text
+
+
+def test_what_does_nothing_is_said_once(
+    zoo: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "i2v.safetensors"
+    written(path, I2V, zoo)
+    pipe = zoo.open(T2V)
+    for _ in range(2):
+        pipe.check(wanrt.GenerateConfig("x", loras=[path]))
+    (record,) = caplog.records
+    assert "have no place in" in record.getMessage() and "k_img" in record.getMessage()

@@ -88,6 +88,7 @@ class Shelf:
     """LoRA files of one model, opened once and held against its shapes; headers only."""
 
     spec: WanSpec
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         self._files: dict[tuple[str, int], LoraFile] = {}
@@ -148,13 +149,13 @@ class Shelf:
     def _open(self, path: str) -> LoraFile:
         stamp = Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
         if (path, stamp) not in self._files:
-            self._files[path, stamp] = LoraFile(path)
+            self._files[path, stamp] = LoraFile.open(path)
         return self._files[path, stamp]
 
     def _tell(self, file: LoraFile, fit: Fit, second: bool) -> None:
         """Once per file: what of it does nothing."""
         key = (file.path, second)
-        if fit.unmatched and key not in self._told:
+        if fit.unmatched and not self.quiet and key not in self._told:
             self._told.add(key)
             log.warning(
                 "%s: %d of its %d keys have no place in %s: %s",
@@ -164,6 +165,22 @@ class Shelf:
                 self.spec.title,
                 some(list(fit.unmatched)),
             )
+
+
+class Match(NamedTuple):
+    """What a LoRA does in one transformer of a model."""
+
+    expert: Expert
+    weights: tuple[str, ...]
+    unmatched: tuple[str, ...]
+
+
+def match(path: Path, spec: WanSpec) -> list[Match]:
+    """A LoRA held against a model, for `wanrt inspect`. Raises FormatError."""
+    shelf, loras = Shelf(spec, quiet=True), [Lora(str(path))]
+    experts: tuple[Expert, ...] = ("high",) if spec.boundary is None else ("high", "low")
+    pairs = ((expert, use.fit) for expert in experts for use in shelf.uses(loras, expert))
+    return [Match(expert, fit.names, fit.unmatched) for expert, fit in pairs]
 
 
 def _experts_of(lora: Lora, file: LoraFile, two: bool) -> tuple[Expert, ...]:

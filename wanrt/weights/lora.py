@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanrt.config import MODELS
 from wanrt.errors import FormatError
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.lora_names import Key, Role, parse
@@ -66,28 +67,38 @@ class LoraFile:
     """A LoRA as its header tells it; tensors are read one weight at a time.
 
     `entries`: original name of the weight -> its keys. `second`: the same for the low-noise expert,
-    where one file holds a pair.
+    where one file holds a pair. What makes a file unusable is kept as `problem` until it is to be
+    used, so that it can be described.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.checkpoint = Checkpoint.open(path)
-        self.path = self.checkpoint.path
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.problem: FormatError | None = None
         self.entries: dict[str, Entry] = {}
         self.second: dict[str, Entry] = {}
         self.unknown: list[str] = []
         self.dialects = Counter[str]()
-        self._adapter = _adapter_metadata(self.checkpoint)
-        self._reader = PlainReader(self.checkpoint)
+        self._reader = PlainReader(checkpoint)
         for stored in self.checkpoint.tensors:
             key = parse(stored)
             if key is None:
                 self.unknown.append(stored)
             else:
                 self._add(key, stored)
+        try:
+            self._adapter = _adapter_metadata(checkpoint)
+        except FormatError as error:
+            self._adapter, self.problem = _Adapter({}), error
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LoraFile":
+        """Raises FormatError for what is no weight file."""
+        return cls(Checkpoint.open(path))
 
     def _add(self, key: Key, stored: str) -> None:
         if key.role == "refused":
-            raise FormatError(self.path, f"{_NO_DORA} ({stored})", "use a plain LoRA")
+            self.problem = FormatError(self.path, f"{_NO_DORA} ({stored})", "use a plain LoRA")
+            return
         entries = self.second if key.second else self.entries
         whole = key.module.endswith(_PARAMETERS)
         if whole and key.role not in ("diff", "diff_m"):
@@ -98,7 +109,8 @@ class LoraFile:
         role: Role = "diff" if key.role in ("diff_b", "diff_m") else key.role
         if role in roles:
             reason = f"{stored} and {roles[role]} are the same part of {name}"
-            raise FormatError(self.path, reason, "two LoRAs in one file? give each its own file")
+            fix = "two LoRAs in one file? give each its own file"
+            self.problem = FormatError(self.path, reason, fix)
         roles[role] = stored
         self.dialects[key.dialect] += 1
 
@@ -109,8 +121,35 @@ class LoraFile:
         downs = (tensors[e.stored["down"]].shape for e in every if "down" in e.stored)
         return max((shape[0] for shape in downs if shape), default=0)
 
+    @property
+    def width(self) -> int:
+        """Of the transformer it was made for; 0 where no change of an attention tells."""
+        for name, entry in (*self.entries.items(), *self.second.items()):
+            if name.endswith("self_attn.q.weight") and (columns := self._columns(entry)):
+                return columns
+        return 0
+
+    @property
+    def summary(self) -> str:
+        """In a few words: for which width, whose names, how many keys mean something."""
+        every = len(self.checkpoint.tensors)
+        models = {spec.dit.dim: spec.id.split("-")[2] for spec in MODELS.values() if "-" in spec.id}
+        size = f" ({models[self.width].upper()})" if self.width in models else ""
+        said = [f"for width {self.width}{size}"] if self.width else []
+        if any(".cross_attn.k_img." in name for name in self.entries):
+            said.append("image to video")
+        if self.second:
+            said.append("both experts" if self.entries else "the low-noise expert")
+        said += [f"{dialect} names" for dialect, _ in self.dialects.most_common()]
+        said.append(f"{every - len(self.unknown)} of {every} keys are Wan's")
+        if self.problem:
+            said.append(self.problem.reason)
+        return ", ".join(said)
+
     def fit(self, shapes: Shapes, title: str, second: bool = False) -> Fit:
         """Hold the header against a model's weights. Raises FormatError where it is another's."""
+        if self.problem:
+            raise self.problem
         entries = self.second if second else self.entries
         names, unmatched = [], []
         for name, entry in entries.items():
