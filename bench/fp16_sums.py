@@ -2,14 +2,14 @@
 
 For `wanrt bench quality` on a CPU, at small sizes. A product of 16 channels is added to an fp16
 sum and rounded; sums of 128 products join an fp32 total. That is the most which
-`reference.causal_conv3d` permits; the Triton kernels join after 32 or 64.
+`reference_vae.causal_conv3d` permits; the Triton kernels join after 32 or 64.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 
 _AT_ONCE, _JOINED = 16, 128  # products of a tensor-core instruction, products of an fp16 sum
 
@@ -25,10 +25,10 @@ def causal_conv3d(
     out: Tensor | None = None,
     accumulator: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.causal_conv3d` of fp16; only 3x3x3 taps are added up in fp16."""
+    """`reference_vae.causal_conv3d` of fp16; only 3x3x3 taps are added up in fp16."""
     if weight.shape[2:] != (3, 3, 3):
-        return reference.causal_conv3d(x, weight, bias, history, gamma, residual, stride, out)
-    x = x if gamma is None else reference.channel_norm_silu(x, gamma)
+        return reference_vae.causal_conv3d(x, weight, bias, history, gamma, residual, stride, out)
+    x = x if gamma is None else reference_vae.channel_norm_silu(x, gamma)
     past = x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) if history is None else history
     frames = torch.cat((past, x), 2)
     total = _sum(F.pad(frames.float(), (1, 1, 1, 1)).movedim(1, -1), weight.float(), x.shape)

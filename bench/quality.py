@@ -19,7 +19,7 @@ from wanrt.bench import fp16_sums
 from wanrt.bench.measure import machine
 from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_int8 import calibrate, default_convs, quantize_vae
 from wanrt.models.vae_layers import TORCH, Int8CausalConv3d, VaeOps
@@ -30,7 +30,7 @@ from wanrt.weights.load import load_component
 BARS = {"int8": 45.0, "fp16-sums": 60.0}  # dB
 STD = 0.45  # of a random VAE's results, before they are clamped
 # The reference's ops are fp32 inside and take fp16 on any CPU at the speed of fp32.
-EXACT = VaeOps(*(getattr(reference, name) for name in VaeOps._fields))._replace(
+EXACT = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))._replace(
     causal_conv3d_int8=TORCH.causal_conv3d_int8
 )
 

@@ -22,7 +22,7 @@ from wanrt.bench import peers
 from wanrt.bench.measure import alternate, check_close, machine
 from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
@@ -90,7 +90,7 @@ def measure(
 
 def decode_flop(size: tuple[int, int]) -> int:
     """Floating-point operations of the reference's arithmetic, whatever a fast path leaves out."""
-    ops = VaeOps(*(getattr(reference, name) for name in VaeOps._fields))
+    ops = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         WanVAE(VAE_2_1, ops).decode(torch.empty(1, 16, LATENT_FRAMES, *size))
     return counter.get_total_flops()

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wanrt.kernels.reference import QuantizedConv, quantize
+from wanrt.kernels.reference import quantize
+from wanrt.kernels.reference_vae import QuantizedConv
 
 EPS = 1e-6
 FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_conv_int8", "cases_linear")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wanrt.kernels.cases import BF16, FP16, FP32, Case, Limit, Tensors, normal
 from wanrt.kernels.cases_conv import frames, taps
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.torch_conv_int8 import quantize_conv_weight
 
 _STEP = "one quantisation step where a normalised value lies between two"

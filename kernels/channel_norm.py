@@ -1,6 +1,6 @@
 """Norms over the channels of the VAE's pixels in Triton: one pass, statistics in fp32 registers.
 
-What each computes is said in `reference.py` under the same name. Pixels lie channels last, so that
+What each computes is said in `reference_vae.py`. Pixels lie channels last, so that
 a pixel is a row; a program takes several, as a row of 96 channels would leave most of it idle.
 Source: Wan2.1 @9737cba `wan/modules/vae.py` RMS_norm.
 """
@@ -60,17 +60,17 @@ def _channel_norm_kernel(
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
-    """See `reference.rms_norm_channels`."""
+    """See `reference_vae.rms_norm_channels`."""
     return _channel_norm(x, gamma, silu=False)
 
 
 def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """See `reference.channel_norm_silu`."""
+    """See `reference_vae.channel_norm_silu`."""
     return _channel_norm(x, gamma, silu=True)
 
 
 def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    """See `reference.channel_norm_silu_quantize`."""
+    """See `reference_vae.channel_norm_silu_quantize`."""
     return _channel_norm(x, gamma, silu=True, step=step, zero=zero)
 
 

@@ -1,6 +1,6 @@
 """The VAE's convolutions in Triton: implicit matrix products over pixels that lie channels last.
 
-What each computes is said in `reference.py` under the same name. A row of the product is an output
+What each computes is said in `reference_vae.py`. A row of the product is an output
 pixel, a column an output channel; what is summed over is taps times input channels. The pixels that
 a tap sees are read where they lie: earlier frames from the history, zeros by masks, doubled images
 not at all. So nothing is concatenated, padded or unfolded.
@@ -201,7 +201,7 @@ def causal_conv3d(
     out: Tensor | None = None,
     accumulator: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d`; no bit depends on where a clip is cut here either.
+    """See `reference_vae.causal_conv3d`; no bit depends on where a clip is cut here either.
 
     A weight that lies channels last is read as it is; any other is copied so, at every call.
     """
@@ -229,7 +229,7 @@ def causal_conv3d(
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `reference.upsample_conv2d`.
+    """See `reference_vae.upsample_conv2d`.
 
     An output pixel sees 2x2 input pixels, so the 3x3 taps fold into 2x2 for each of the four places
     of an output pixel over its input pixel: 4/9 of the multiplications.
@@ -255,7 +255,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `reference.downsample_conv2d`."""
+    """See `reference_vae.downsample_conv2d`."""
     x = frames_dense(x)
     b, _, t, h, w = x.shape
     y = empty_frames(x, (b, weight.shape[0], t, h // 2, w // 2))

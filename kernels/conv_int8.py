@@ -1,6 +1,6 @@
 """The VAE's int8 convolution in Triton: an implicit matrix product of s8 with sums in s32.
 
-What it computes is said in `reference.causal_conv3d_int8`, integer sums bit for bit. As in
+What it computes is said in `reference_vae.causal_conv3d_int8`, integer sums bit for bit. As in
 `conv.py`, a row of the product is an output pixel and nothing is concatenated, padded or unfolded.
 What a tap sees outside of frames is loaded as 0, as asynchronous copies do it, although the format
 has another zero point: the few pixels of which that is true take what they lack from a table.
@@ -16,7 +16,7 @@ from wanrt.kernels.arithmetic import cast
 from wanrt.kernels.channel_norm import channel_norm_silu_quantize
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, outer_strides, tail
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.target import Target
 from wanrt.kernels.tile import Tile, widths
 
@@ -157,7 +157,7 @@ def causal_conv3d_int8(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d_int8`; no bit depends on where a clip is cut.
+    """See `reference_vae.causal_conv3d_int8`; no bit depends on where a clip is cut.
 
     Values of the weight that lie channels last are read as they are, others copied at every call.
     """

@@ -18,16 +18,18 @@ import torch
 from wanrt.kernels.launch import INTERPRETING
 from wanrt.kernels.target import Target, UnsupportedOp, lacks_fp8
 
+VAE = "reference_vae"  # where the VAE's ops are specified
 BACKENDS = ("triton", "torch", "reference")  # the order of preference
 MIN_ARCH = 80  # the oldest cards that multiply bf16
 
 
 class Op(NamedTuple):
-    """Where an op lives: modules of `wanrt.kernels` (the reference has them all)."""
+    """Where an op lives: modules of `wanrt.kernels`."""
 
     name: str
     torch: str
     triton: str | None = None
+    reference: str = "reference"
 
 
 OPS = {
@@ -49,14 +51,14 @@ OPS = {
         Op("linear_quantized", "torch_linear", "linear"),
         Op("linear_quantized_out", "torch_linear", "linear"),
         Op("linear_gated_residual", "torch_linear", "linear"),
-        Op("rms_norm_channels", "torch_conv", "channel_norm"),
-        Op("channel_norm_silu", "torch_conv", "channel_norm"),
-        Op("causal_conv3d", "torch_conv", "conv"),
-        Op("quantize_conv_weight", "torch_conv_int8"),
-        Op("channel_norm_silu_quantize", "torch_conv_int8", "channel_norm"),
-        Op("causal_conv3d_int8", "torch_conv_int8", "conv_int8"),
-        Op("upsample_conv2d", "torch_conv", "conv"),
-        Op("downsample_conv2d", "torch_conv", "conv"),
+        Op("rms_norm_channels", "torch_conv", "channel_norm", VAE),
+        Op("channel_norm_silu", "torch_conv", "channel_norm", VAE),
+        Op("causal_conv3d", "torch_conv", "conv", VAE),
+        Op("quantize_conv_weight", "torch_conv_int8", None, VAE),
+        Op("channel_norm_silu_quantize", "torch_conv_int8", "channel_norm", VAE),
+        Op("causal_conv3d_int8", "torch_conv_int8", "conv_int8", VAE),
+        Op("upsample_conv2d", "torch_conv", "conv", VAE),
+        Op("downsample_conv2d", "torch_conv", "conv", VAE),
     )
 }
 
@@ -114,7 +116,7 @@ def resolve(op: str, target: Target, backend: str = "auto") -> Choice:
 def function(op: str, backend: str) -> Callable[..., Any]:
     """One backend's function, whether or not it can run here."""
     row = OPS[op]
-    home = {"reference": "reference", "torch": row.torch, "triton": row.triton}[backend]
+    home = getattr(row, backend)
     assert home is not None, f"{op=} {backend=}"
     return getattr(_module(home), op)
 

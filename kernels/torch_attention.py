@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels.reference import (
-    LARGEST,
-    Preparation,
-    hadamard_matrix,
-    prepare_int8,
-)
+from wanrt.kernels.reference import LARGEST, Preparation, hadamard_matrix, prepare_int8
 from wanrt.kernels.torch_quantize import dequantize, quantize
 
 FP8 = torch.float8_e4m3fn

@@ -1,4 +1,4 @@
-"""The VAE's ops of `reference.py` in plain PyTorch, channels last: CPU path and fallback.
+"""The VAE's ops of `reference_vae.py` in plain PyTorch, channels last: CPU path and fallback.
 
 Where no backward pass will come, a clip goes through a few frames at a time, so that what lies
 between two passes (normalised input, raw output of a convolution) stays small and in cache.
@@ -19,7 +19,7 @@ _FEW_PIXELS = 1024  # on smaller frames, another weight costs as much as multipl
 
 
 def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
-    """See `reference.rms_norm_channels`."""
+    """See `reference_vae.rms_norm_channels`."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
     scale = math.sqrt(x.shape[1]) / norm.clamp_min(1e-12)
     gamma = gamma.view(-1, *[1] * (x.ndim - 2))
@@ -27,7 +27,7 @@ def rms_norm_channels(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """See `reference.channel_norm_silu`."""
+    """See `reference_vae.channel_norm_silu`."""
     return F.silu(rms_norm_channels(x.float(), gamma)).to(x.dtype)
 
 
@@ -42,7 +42,7 @@ def causal_conv3d(
     out: Tensor | None = None,
     accumulator: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d`; what sums are added up in is PyTorch's choice."""
+    """See `reference_vae.causal_conv3d`; what sums are added up in is PyTorch's choice."""
     b, _, t, h, w = x.shape
     size = _frames_at_once(x, weight)
     if out is None and size >= t:
@@ -58,7 +58,7 @@ def causal_conv3d(
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `reference.upsample_conv2d`.
+    """See `reference_vae.upsample_conv2d`.
 
     An output pixel sees 2x2 input pixels, so the 3x3 kernel folds into a 2x2 kernel for each of the
     four places (row, column) of an output pixel over its input pixel: 4/9 of the multiplications.
@@ -80,7 +80,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See `reference.downsample_conv2d`."""
+    """See `reference_vae.downsample_conv2d`."""
     padded = (F.pad(piece, (0, 1, 0, 1)) for piece in x.split(_frames_at_once(x, weight), 2))
     return torch.cat([_conv(p, weight.unsqueeze(2), bias, stride=(1, 2, 2)) for p in padded], dim=2)
 

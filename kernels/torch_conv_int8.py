@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels import reference_vae
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.torch_linear import multiply_int8
 
 
 def quantize_conv_weight(weight: Tensor, step: Tensor, zero: Tensor) -> QuantizedConv:
-    """See `reference.quantize_conv_weight`; values lie channels last."""
-    conv = reference.quantize_conv_weight(weight, step, zero)
+    """See `reference_vae.quantize_conv_weight`; values lie channels last."""
+    conv = reference_vae.quantize_conv_weight(weight, step, zero)
     return conv._replace(values=conv.values.contiguous(memory_format=torch.channels_last_3d))
 
 
 def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    """See `reference.channel_norm_silu_quantize`. A frame at a time; the result channels last."""
+    """See `reference_vae`. A frame at a time; the result lies channels last."""
     if x.ndim < 5:
         return _quantize(x, gamma, step, zero)
     q = torch.empty(
@@ -42,7 +42,7 @@ def causal_conv3d_int8(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.causal_conv3d_int8`. Peak: int8 frames, and two int32 results of one frame."""
+    """See `reference_vae`. Peak: int8 frames, and two int32 results of one frame."""
     b, c, t, h, w = x.shape
     o = len(weight.values)
     rows = (h + 2) * (w + 2) + 2  # the last tap of the last pixel reads two rows beyond

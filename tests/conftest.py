@@ -14,6 +14,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's file is imported
 
+os.environ["WANRT_CACHE"] = "off"  # tests leave nothing in the home of who runs them
+
 from wanrt.config import MODELS, NANO, ClipSpec, Umt5Spec, WanSpec
 from wanrt.media.image import load_image, save_png
 from wanrt.media.video import read_video, write_video

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -412,3 +413,61 @@ def test_random_weights_of_one_part(wanrt: Callable[..., Outcome]) -> None:
     ):
         bad = wanrt(*args, option, value)
         assert bad.code == 2 and bad.err.count("\n") == 1 and value.split(",")[-1] in bad.err
+
+
+def test_plan_says_what_a_released_model_holds(wanrt: Callable[..., Outcome]) -> None:
+    size = ("--size", "832x480", "--frames", 81)
+    done = wanrt("plan", "t2v-14b", *size, "--vram", "8G", "--ram", "64G")
+    assert done.code == 0 and done.err == ""
+    assert [line.split()[0] for line in done.out.splitlines()[:4]] == [
+        *("phase", "text", "step", "decode")
+    ]
+    assert "of budget 8.00 GiB" in done.out and "blocks stay" in done.out
+    record = json.loads(wanrt("plan", "t2v-14b", *size, "--vram", "8G", "--json").out)
+    assert record["peak"] == max(phase["peak"] for phase in record["phases"]) <= 8 << 30
+    assert record["placement"]["num_resident"] < record["placement"]["num_blocks"] == 40
+
+
+def test_plan_knows_a_checkpoint_by_its_headers(wanrt: Callable[..., Outcome], zoo: Any) -> None:
+    record = json.loads(wanrt("plan", zoo.path(I2V), "--size", "64x64", "--json").out)
+    assert [phase["name"] for phase in record["phases"]] == [
+        *("text", "image", "encode", "step", "decode")
+    ]
+    assert record["placement"]["num_blocks"] == 2
+
+
+def test_plan_that_does_not_fit_says_what_would(wanrt: Callable[..., Outcome]) -> None:
+    done = wanrt("plan", "t2v-14b", "--vram", "4G")
+    assert done.code == 4 and done.out == ""
+    assert "--vram 7." in done.err and "or --frames " in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("t2v-99b",), "t2v-99b"),
+        (("t2v-14b", "--precision", "int3"), "int3"),
+        (("t2v-14b", "--vram", "lots"), "--vram 'lots'"),
+        (("t2v-14b", "--size", "832x481"), "481"),
+        (("t2v-14b", "--frames", "80"), "77 and 81"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_plan(
+    arguments: tuple[str, ...], message: str, wanrt: Callable[..., Outcome]
+) -> None:
+    done = wanrt("plan", *arguments)
+    assert done.code in (2, 3) and message in done.err and "Traceback" not in done.err
+
+
+def test_generate_prints_the_plan_and_the_measured_peak(
+    wanrt: Callable[..., Outcome], zoo: Any
+) -> None:
+    model = ("--model", zoo.path("nano"), "--vram", "64M")
+    large = (*SETTINGS, "--size", "96x64")  # activations outweigh the mapped .pth of the VAE
+    done = wanrt("generate", PROMPT, *model, *large)
+    assert done.code == 0 and "phase" in done.err and "blocks" not in done.out
+    assert re.search(r"peak \d+ MiB of \d+ MiB planned", done.out)
+    done = wanrt("generate", PROMPT, *model, *large, "--json", "-y")
+    memory = json.loads(done.out)["memory"]
+    assert 0.8 * memory["planned"] <= memory["measured"] <= memory["planned"] + (2 << 20)
+    assert wanrt("generate", PROMPT, *model[:3], "1M", *SETTINGS, "-y").code == 4

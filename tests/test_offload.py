@@ -1,13 +1,17 @@
 """Blocks that stream give what resident blocks give, to the bit, in the order that was planned."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wanrt
 from wanrt.config import NANO, WanSpec
+from wanrt.errors import FormatError
 from wanrt.memory.placement import Placement, place
 from wanrt.weights import load as loading
 
@@ -128,3 +132,15 @@ def test_host_memory_that_is_short_sends_the_rest_to_the_file() -> None:
     where = place([100] * 10, num_resident=2, pinned_room=350)
     assert (where.num_pinned, where.pinned, where.mapped) == (3, 300, 500)
     assert place([100] * 10, 10, 0) == Placement(10, 10)
+
+
+def test_a_broken_weight_is_found_where_it_streams_from_the_file(zoo: Any, tmp_path: Path) -> None:
+    shutil.copytree(zoo.path("nano"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*diffusion*.safetensors")
+    tensors = load_file(file)
+    tensors["blocks.3.ffn.0.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    where = placement_of(NANO.dit.num_layers, 0, 2, 0)
+    dit = loading.load_component(tmp_path / "model", "dit", placement=where)
+    with pytest.raises(FormatError, match=r"blocks\.3\.ffn\.0\.weight holds NaN"):
+        run(dit, NANO, together=False)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference, registry, torch_conv
+from wanrt.kernels import reference_vae, registry, torch_conv
 
 
 class Backend(NamedTuple):
@@ -145,7 +145,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def test_conv_matches_reference(backend: Backend, case: Conv) -> None:
     causal_conv3d, tensors = backend.op("causal_conv3d"), draw(case, backend)
     y, kept = causal_conv3d(*tensors, stride=case.stride)
-    expected, expected_kept = reference.causal_conv3d(*tensors, stride=case.stride)
+    expected, expected_kept = reference_vae.causal_conv3d(*tensors, stride=case.stride)
     assert error(y, expected) <= backend.limit
     if case.kernel[0] == 1:
         assert kept is expected_kept is None
@@ -279,7 +279,7 @@ def test_resampling_matches_reference(
     x, weight, bias = (t.to(backend.device, backend.dtype) for t in (x, weight, bias))
     x = layout(x)
     actual = backend.op(op)(x, weight, bias)
-    assert error(actual, getattr(reference, op)(x, weight, bias)) <= backend.limit
+    assert error(actual, getattr(reference_vae, op)(x, weight, bias)) <= backend.limit
 
 
 @pytest.mark.parametrize("op", ["upsample_conv2d", "downsample_conv2d"])
@@ -287,7 +287,7 @@ def test_resampling_gradients_match_reference(op: str) -> None:
     x, weight, bias = torch.randn(2, 6, 3, 4, 6), torch.randn(5, 6, 3, 3), torch.randn(5)
     tensors = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     gradients = []
-    for ops in (torch_conv, reference):
+    for ops in (torch_conv, reference_vae):
         y = getattr(ops, op)(*tensors)
         loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
         gradients.append(torch.autograd.grad(loss, tensors))

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference, registry
+from wanrt.kernels import reference_vae, registry
 from wanrt.kernels.cases import all_cases
 from wanrt.kernels.cases_conv_int8 import quantized, step_and_zero
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.reference_vae import QuantizedConv
 
 CPU = "cpu"
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
@@ -131,7 +131,7 @@ def test_out_may_be_the_input(backend: str) -> None:
 def test_the_symmetric_format_is_zero_at_zero() -> None:
     """With no zero point there is no border, and the weight alone is what is rounded."""
     step, _ = step_and_zero(24)
-    conv = reference.quantize_conv_weight(
+    conv = reference_vae.quantize_conv_weight(
         torch.randn(5, 24, 3, 3, 3), step, torch.zeros_like(step).char()
     )
     assert not conv.border.any()

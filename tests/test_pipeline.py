@@ -118,13 +118,13 @@ def test_text_is_prepared_once_however_many_steps(zoo: Any, calls: Calls) -> Non
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The ids of every text that was encoded."""
     seen: list[Tensor] = []
-    forward = Umt5Encoder.forward
+    begin = Umt5Encoder._begin
 
     def counted(self: Umt5Encoder, ids: Tensor, mask: Tensor) -> Tensor:
         seen.append(ids)
-        return forward(self, ids, mask)
+        return begin(self, ids, mask)
 
-    monkeypatch.setattr(Umt5Encoder, "forward", counted)
+    monkeypatch.setattr(Umt5Encoder, "_begin", counted)
     return seen
 
 
@@ -203,18 +203,18 @@ def test_only_so_many_prompts_are_kept(zoo: Any, monkeypatch: pytest.MonkeyPatch
     """The newest ones, and all that one call asks for however many they are."""
     monkeypatch.setattr(pipeline, "MAX_KEPT_PROMPTS", 2)
 
-    texts, forward = [], Umt5Encoder.forward
+    texts, begin = [], Umt5Encoder._begin
 
     def recorded(self: Umt5Encoder, ids: Tensor, mask: Tensor) -> Tensor:
         texts.append(ids)
-        return forward(self, ids, mask)
+        return begin(self, ids, mask)
 
     def encoded(*prompts: str) -> int:
         before = len(texts)
         pipe.encode_prompts(list(prompts))
         return len(texts) - before
 
-    monkeypatch.setattr(Umt5Encoder, "forward", recorded)
+    monkeypatch.setattr(Umt5Encoder, "_begin", recorded)
     pipe = zoo.open(T2V)
     assert encoded("a", "b", "c") == 3 and encoded("c", "a", "b") == 0
     assert encoded("d", "c") == 1  # drops a and b

@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanrt.config import MODELS, WanSpec
+from wanrt.errors import BudgetError
 from wanrt.kernels import registry
+from wanrt.memory.budget import GIB
 from wanrt.memory.dit_bytes import (
     FORMATS,
     Tokens,
@@ -19,6 +23,9 @@ from wanrt.memory.dit_bytes import (
     latent_bytes,
 )
 from wanrt.memory.measure import LiveBytes
+from wanrt.memory.phases import decode_options
+from wanrt.memory.placement import TYPICAL, Ask
+from wanrt.memory.plan import HOST_FIXED, make_plan
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
 from wanrt.memory.vae_costs import vae_weights
 from wanrt.models.dit import CrossKV, TextCache, TimeEmbedding, WanDiT
@@ -131,3 +138,70 @@ def test_a_traced_step_peaks_where_the_plan_says(
     latents = latent_bytes(spec.dit, tokens)
     assert measured <= planned + latents
     assert planned <= measured * (1 + SHARE)
+
+
+BARS = [  # model, size, precision, GB at most: what the released models must fit
+    ("wan2.1-t2v-1.3b", (832, 480), "bf16", 4.0),
+    ("wan2.1-t2v-14b", (832, 480), "int8", 6.0),
+    ("wan2.1-t2v-14b", (832, 480), "fp8", 6.0),
+    ("wan2.1-t2v-14b", (832, 480), "bf16", 8.0),
+    ("wan2.1-t2v-14b", (1280, 720), "int8", 8.0),
+]
+
+
+@pytest.mark.parametrize("model,size,precision,gigabytes", BARS)
+def test_released_models_fit_small_cards(
+    model: str, size: tuple[int, int], precision: str, gigabytes: float
+) -> None:
+    plan = make_plan(MODELS[model], Ask(*size, 81), precision, int(gigabytes * 1e9), 32 * GIB)
+    assert plan.peak <= gigabytes * 1e9
+
+
+def test_the_1_3b_stays_whole_in_5_gb() -> None:
+    plan = make_plan(MODELS["wan2.1-t2v-1.3b"], Ask(832, 480, 81), "bf16", int(5e9), 32 * GIB)
+    assert plan.placement("step").slots == 0
+
+
+@pytest.mark.parametrize("size,gigabytes", [((832, 480), 3), ((1280, 720), 6)])
+def test_decoding_whole_frames_in_16_bits_is_small(size: tuple[int, int], gigabytes: int) -> None:
+    spec, ask = MODELS["wan2.1-t2v-14b"], Ask(*size, 81)
+    options = list(decode_options(spec, ask, FORMATS["bf16"], TYPICAL))
+    whole = [o.phase.peak for o in options if not (o.work.band or o.work.host)]
+    assert min(whole) <= gigabytes * 1e9
+    assert min(o.phase.peak for o in options if o.work.band) <= 3e9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(sorted(set(MODELS) - {"nano"})),
+    budget=st.integers(2, 40),
+    ram=st.integers(3, 64),
+    width=st.integers(4, 45),
+    height=st.integers(4, 45),
+    frames=st.integers(0, 40),
+    precision=st.sampled_from(sorted(FORMATS)),
+    guided=st.booleans(),
+)
+def test_a_plan_fits_or_says_what_would(
+    model: str, budget: int, ram: int, width: int, height: int, frames: int,
+    precision: str, guided: bool,
+) -> None:  # fmt: skip
+    spec, ask = MODELS[model], Ask(32 * width, 32 * height, 4 * frames + 1, guided, image=True)
+    try:
+        plan = make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+    except BudgetError as error:
+        vram = re.search(r"--vram ([0-9.]+)G", str(error))
+        assert vram, str(error)
+        enough = int(float(vram[1]) * GIB)
+        assert enough > budget * GIB
+        assert make_plan(spec, ask, precision, enough, ram * GIB).peak <= enough
+        shorter = re.search(r"--frames ([0-9]+)", str(error))
+        if shorter:
+            ask = replace(ask, num_frames=int(shorter[1]))
+            assert make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+        return
+    assert plan.peak <= budget * GIB
+    assert plan.pinned <= max(0, ram * GIB - HOST_FIXED)
+    step = plan.placement("step")
+    assert len(step.resident()) == step.num_resident
+    assert (step.slots == 0) == (step.num_resident == step.num_blocks)

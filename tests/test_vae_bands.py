@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanrt.config import VaeSpec, VaeWork
 from wanrt.errors import OutputError, UsageError
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 from wanrt.models import vae_layers, vae_spool
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import TORCH, CausalState, VaeOps
@@ -33,7 +33,7 @@ def exact():
 class Rows:
     """The reference arithmetic, a row of pixels at a time: no bit depends on the height."""
 
-    rms_norm_channels = staticmethod(reference.rms_norm_channels)
+    rms_norm_channels = staticmethod(reference_vae.rms_norm_channels)
 
     @staticmethod
     def causal_conv3d(
@@ -49,7 +49,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor | None]:
         taps, b = weight.shape[3], x.shape[0]
         past = None if history is None else windows(history, taps)
-        y, kept = reference.causal_conv3d(
+        y, kept = reference_vae.causal_conv3d(
             windows(x, taps), weight, bias, past, gamma, stride=stride
         )
         y = whole(y[..., taps // 2, :], b)
@@ -60,14 +60,14 @@ class Rows:
 
     @staticmethod
     def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = reference.upsample_conv2d(windows(x, 3), weight, bias)
+        y = reference_vae.upsample_conv2d(windows(x, 3), weight, bias)
         pairs = [whole(y[..., i, :], x.shape[0]) for i in (2, 3)]
         return torch.stack(pairs, 4).flatten(3, 4)
 
     @staticmethod
     def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = windows(x, 3)[1::2][: x.shape[3] // 2] if len(x) == 1 else None
-        return whole(reference.downsample_conv2d(rows, weight, bias)[..., 0, :], 1)
+        return whole(reference_vae.downsample_conv2d(rows, weight, bias)[..., 0, :], 1)
 
 
 def windows(x: Tensor, taps: int) -> Tensor:
@@ -83,7 +83,9 @@ def whole(rows: Tensor, b: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-ROWS = VaeOps(*(getattr(Rows, name) for name in VaeOps._fields))
+ROWS = TORCH._replace(
+    **{name: getattr(Rows, name) for name in VaeOps._fields if hasattr(Rows, name)}
+)
 
 
 def random_vae(spec: VaeSpec, ops: VaeOps = TORCH) -> WanVAE:

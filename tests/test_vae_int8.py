@@ -11,7 +11,7 @@ from torch import Tensor
 from wanrt.bench import fp16_sums, quality
 from wanrt.config import NANO, VAE_2_2, VaeSpec, VaeWork
 from wanrt.errors import UsageError
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_int8 import calibrate, default_convs, quantize_vae
 from wanrt.models.vae_layers import Int8CausalConv3d
@@ -48,8 +48,8 @@ def test_a_format_holds_what_was_seen(symmetric: bool, smoothing: float) -> None
     x, gamma = torch.randn(1, 24, 2, 5, 7), torch.rand(24) * 3
     seen = observe(x, gamma)
     conv = quantize_conv(torch.randn(5, 24, 3, 3, 3), seen, StaticInt8(smoothing, 1.0, symmetric))
-    a = reference.channel_norm_silu(x, gamma)
-    q = reference.channel_norm_silu_quantize(x, gamma, conv.step, conv.zero)
+    a = reference_vae.channel_norm_silu(x, gamma)
+    q = reference_vae.channel_norm_silu_quantize(x, gamma, conv.step, conv.zero)
     step, zero = (v.view(1, -1, 1, 1, 1) for v in (conv.step, conv.zero))
     error = ((q.float() - zero) * step - a).abs()
     assert (error <= step * 0.501).all(), "a value that was seen is clipped"
@@ -130,14 +130,14 @@ def test_fp16_sums_are_those_of_the_reference_where_nothing_is_rounded() -> None
     weight, bias = torch.randint(-1, 2, (6, 160, 3, 3, 3)).half(), torch.zeros(6).half()
     for past in (history, None):
         y, kept = fp16_sums.causal_conv3d(x, weight, bias, past)
-        expected, expected_kept = reference.causal_conv3d(x, weight, bias, past)
+        expected, expected_kept = reference_vae.causal_conv3d(x, weight, bias, past)
         assert torch.equal(y, expected) and torch.equal(kept, expected_kept)
 
 
 def test_fp16_sums_round() -> None:
     x, weight = torch.randn(1, 128, 1, 4, 5).half(), torch.randn(6, 128, 3, 3, 3).half()
     y, _ = fp16_sums.causal_conv3d(x, weight, torch.zeros(6).half(), None)
-    expected, _ = reference.causal_conv3d(x, weight, torch.zeros(6).half(), None)
+    expected, _ = reference_vae.causal_conv3d(x, weight, torch.zeros(6).half(), None)
     error = (y.float() - expected.float()).norm() / expected.float().norm()
     assert 2**-12 < error < 2**-9
 

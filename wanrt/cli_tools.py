@@ -150,6 +150,16 @@ def bench_block(
     block.main(device, peer, dtype.split(","), tokens, repeats, as_json)
 
 
+def bench_memory(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """What each released model holds within 8 to 16 GiB, predicted; needs neither."""
+    from wanrt.bench import memory
+
+    memory.main(out, as_json)
+
+
 def bench_compile(
     archs: Annotated[str, typer.Option(help="Such as 89 or 86,89; all by default.")] = "",
     only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
@@ -231,6 +241,7 @@ def add_to(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure, beside a peer, in one run.")
     bench.command("vae")(bench_vae)
     bench.command("block")(bench_block)
+    bench.command("memory")(bench_memory)
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)
     bench.command("quality")(bench_quality)

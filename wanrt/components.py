@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from wanrt import env
 from wanrt.adapter import Adapter
 from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
@@ -15,6 +16,7 @@ from wanrt.guidance import Expert
 from wanrt.loras import Shelf
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
+from wanrt.memory.prompt_cache import PromptCache
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, read_spiece
@@ -23,6 +25,7 @@ from wanrt.weights.parts import Parts
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 
+_WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
@@ -125,6 +128,13 @@ class Components:
     def clip(self) -> nn.Module:
         return self._get("clip", "clip", self.dtypes.clip)
 
+    def prompt_cache(self) -> PromptCache | None:
+        """Where features of prompts wait between runs; a small encoder is faster than a disk."""
+        folder, encoder = env.cache_folder(), self.parts.found.get("umt5")
+        if folder is None or encoder is None or encoder.num_bytes < _WORTH_CACHING:
+            return None
+        return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
+
     def tokenizer(self) -> Tokenizer:
         """From its own file, or from the text encoder's, where ComfyUI embeds it."""
         if self.parts.tokenizer is not None:
@@ -152,6 +162,10 @@ class Components:
         """Free parts that the coming phases do not need; does nothing where all parts fit."""
         if not self.keep and any(name in self._loaded for name in names):
             self._drop(*names)
+
+    def clear(self) -> None:
+        """Let every part go."""
+        self._drop(*self._loaded)
 
     def _drop(self, *names: str) -> None:
         for name in names:

@@ -14,6 +14,7 @@ from wanrt.config import GenerateConfig, VaeWork, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
 from wanrt.models.clip import preprocess
+from wanrt.planning import within_memory
 from wanrt.request import Request, with_size
 from wanrt.tasks import i2v, limits, vace
 from wanrt.tasks.sizes import Size, i2v_size, latent_shape, ti2v_size, vace_grid
@@ -75,12 +76,9 @@ class Conditions:
 
     def prepare(self, dit: nn.Module) -> tuple[Any, Any]:
         """Keys and values of the text for this transformer, once: with the prompt, without."""
-        texts = (self.text, self.negative)
-        cond, uncond = (
-            text and dit.prepare(text.rows, self.image_context, key_bias=text.key_bias)
-            for text in texts
-        )
-        return cond, uncond
+        texts = [self.text] if self.negative is None else [self.text, self.negative]
+        caches = dit.prepare_each(texts, self.image_context)
+        return caches[0], caches[1] if len(caches) > 1 else None
 
     def step_inputs(self, t: float) -> StepInputs:
         extra: dict[str, Any] = {}
@@ -196,15 +194,15 @@ def make_conditions(
     spec, size = components.spec, Size(request.height, request.width)
 
     def encode(video: Tensor) -> Tensor:
-        plan = components.plan
-        work = VaeWork(chunk=1) if plan is None else plan.work("encode")
-        return components.vae().encode(video.to(components.device), work=work, still=True)
+        return within_memory(components, "encode", lambda: _latents(video, components))
 
     if spec.dit.image_dim is not None:
         pictures = [inputs.image]
         if inputs.last_image is not None:
             pictures.append(i2v.match_last(inputs.image, inputs.last_image))
-        conditions.image_context = _clip_tokens(pictures, components)
+        conditions.image_context = within_memory(
+            components, "image", lambda: _clip_tokens(pictures, components)
+        )
     if request.task == "flf2v":
         conditions.y = i2v.flf2v_condition(
             inputs.image, inputs.last_image, request.num_frames, size, encode
@@ -222,6 +220,12 @@ def make_conditions(
     conditions.grid = (shape.frames, shape.height // 2, shape.width // 2)
     components.release("vae", "clip")
     return conditions
+
+
+def _latents(video: Tensor, components: Components) -> Tensor:
+    plan = components.plan
+    work = VaeWork(chunk=1) if plan is None else plan.work("encode")
+    return components.vae().encode(video.to(components.device), work=work, still=True)
 
 
 def _clip_tokens(pictures: list[Tensor | None], components: Components) -> Tensor:

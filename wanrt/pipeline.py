@@ -10,26 +10,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanrt import sampler
 from wanrt.components import Components, Report, choose_device, open_parts
 from wanrt.conditions import (
     Conditions,
-    StepInputs,
     Text,
     make_conditions,
     noise_shape,
     prepare_inputs,
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
+from wanrt.denoiser import Denoiser
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.loras import hint_at_preset, parse_loras
 from wanrt.media.image import to_uint8
 from wanrt.media.result import Video
 from wanrt.memory.plan import Plan
-from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request
+from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request, within_memory
 from wanrt.request import Request, check_embeds, resolve
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
@@ -233,7 +233,7 @@ class Pipeline:
             return
         self._forget(set(prompts), len(new))
         parts = self.components
-        tokenizer, umt5, pairs = parts.tokenizer(), parts.umt5(), []
+        tokenizer, cache, pairs = parts.tokenizer(), parts.prompt_cache(), {}
         for prompt in new:
             tokens = tokenizer([prompt], self.spec.dit.text_len)
             for cut in tokens.truncated:
@@ -242,10 +242,20 @@ class Pipeline:
                     cut.num_tokens,
                     self.spec.dit.text_len,
                 )
-            pairs.append((tokens.ids.to(parts.device), tokens.mask.to(parts.device)))
-        for prompt, features in zip(new, umt5.forward_each(pairs), strict=True):
+            known = None if cache is None else cache.get(tokens.ids)
+            if known is None:
+                pairs[prompt] = (tokens.ids.to(parts.device), tokens.mask.to(parts.device))
+            else:
+                self._embeds[prompt] = known.to(parts.device)
+        if not pairs:
+            return
+        encoded = within_memory(
+            parts, "text", lambda: parts.umt5().forward_each(list(pairs.values()))
+        )
+        for (prompt, (ids, _)), features in zip(pairs.items(), encoded, strict=True):
             self._embeds[prompt] = features[0].float()
-        del umt5  # or the release would free nothing
+            if cache is not None:
+                cache.put(ids, self._embeds[prompt])
         parts.release("umt5")
 
     def _forget(self, needed: set[str], coming: int) -> None:
@@ -267,38 +277,20 @@ class Pipeline:
         timesteps, sigmas = self._schedule(request)
         solver = sampler.make_solver(request.solver, sigmas)
         x = self._start(request, conditions, latents)
-        expert = None
+        denoiser = Denoiser(self.components, conditions, run.timed, request.loras)
         for i, t in enumerate(timesteps.tolist()):
-            if expert_for(t, spec.boundary) != expert:
-                dit = text = no_text = None  # one expert goes before the other comes
-                with run.timed("load"):
-                    expert = expert_for(t, spec.boundary)
-                    dit = self.components.dit(expert, request.loras)
-                    text, no_text = conditions.prepare(dit)
-            with run.timed("denoise"):
-                guidance = guidance_for(expert, request.guidance, request.guidance_low)
-                texts = [text] if guidance == 1.0 else [text, no_text]
-                cond, uncond = self._velocities(run, dit, x, conditions.step_inputs(t), texts)
-                x = conditions.impose(solver.step(guide(cond, uncond, guidance), x))
+            expert = expert_for(t, spec.boundary)
+            guidance = guidance_for(expert, request.guidance, request.guidance_low)
+            velocity = denoiser.velocities(x, t, expert, guided=guidance != 1.0)
+            x = conditions.impose(solver.step(guide(*velocity, guidance), x))
             if not torch.isfinite(x).all():
                 raise NumericsError(
                     f"step {i + 1} of {len(timesteps)} gave NaN or infinity; try --precision fp32"
                 )
             if on_step is not None:
                 on_step(Step(i, len(timesteps), t, float(sigmas[i]), x))
-        del dit
-        self.components.release("dit", "low_noise")
+        denoiser.release()
         return x[:, :, conditions.num_refs :]
-
-    def _velocities(
-        self, run: Run, dit: nn.Module, x: Tensor, inputs: StepInputs, texts: list[Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """With the prompt, and without it where there are two texts: in turn or block by block."""
-        if run.plan is not None and run.plan.guidance == "interleaved":
-            velocities = dit.forward_each(x, inputs.t, texts, **inputs.extra)
-        else:
-            velocities = [dit(x, inputs.t, text, **inputs.extra) for text in texts]
-        return velocities[0], velocities[1] if len(velocities) > 1 else None
 
     def _schedule(self, request: Request) -> sampler.Schedule:
         if request.distilled:
@@ -320,20 +312,44 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, run: Run, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents to uint8 frames `[n, H, W, 3]`, a chunk at a time, so memory does not grow."""
-        report, total = self.components.report, latents.shape[2]
+        """Latents to uint8 frames `[n, H, W, 3]`, a chunk at a time, so memory does not grow.
+
+        Where the driver refuses memory, decoding starts again by a thriftier plan and goes on with
+        the frames that are still wanted.
+        """
+        report, total, done = self.components.report, latents.shape[2], 0
+        nearest = run.request.task == "t2i"
+        chunks: Iterator[Tensor] | None = None
+
+        def next_pixels() -> np.ndarray:
+            nonlocal chunks
+            chunks = chunks or self._decoded(run, latents, skip=done)
+            with run.timed("decode"):
+                return to_uint8(next(chunks)[0], nearest=nearest).cpu().numpy()
+
+        def let_go() -> None:
+            nonlocal chunks
+            chunks = None
+
+        while done < total:
+            pixels = within_memory(self.components, "decode", next_pixels, let_go)
+            done += 1
+            report("decode", done, total)
+            yield pixels
+        let_go()
+        self.components.release("vae")
+
+    def _decoded(self, run: Run, latents: Tensor, skip: int) -> Iterator[Tensor]:
+        """Pixels `[1, 3, F, H, W]` of every latent frame but the first `skip`."""
         with run.timed("load"):
             vae = self.components.vae()
-        work = VaeWork(chunk=1) if run.plan is None else run.plan.work("decode")
+        plan = self.components.plan
+        work = VaeWork(chunk=1) if plan is None else plan.work("decode")
         chunks = vae.decode_chunks(latents.to(self.components.device), work=work)
-        for done in range(total):
-            with run.timed("decode"):
-                frames = next(chunks)[0]  # to hold the state would keep two
-                pixels = to_uint8(frames[0], nearest=run.request.task == "t2i").cpu().numpy()
-            report("decode", done + 1, total)
-            yield pixels
-        del vae, chunks
-        self.components.release("vae")
+        for done in range(latents.shape[2]):
+            frames = next(chunks)[0]  # to hold the state would keep two
+            if done >= skip:
+                yield frames
 
 
 def _without(embeds: tuple[Tensor | None, ...], prompts: tuple[str, ...]) -> list[str]:

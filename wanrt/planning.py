@@ -1,14 +1,20 @@
 """From a request and a machine to its plan: what `--vram` and `--ram` mean."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from wanrt.components import Components, memory_bytes
-from wanrt.memory.budget import enforce, free_bytes, parse_bytes
+from wanrt.memory.budget import enforce, free_bytes, gib, parse_bytes
 from wanrt.memory.placement import Ask, Machine
-from wanrt.memory.plan import Plan, make_plan
+from wanrt.memory.plan import Plan, make_plan, step_down
 from wanrt.request import Request
+
+log = logging.getLogger("wanrt")
+T = TypeVar("T")
 
 HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
 _CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
@@ -47,6 +53,32 @@ def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:
     if device.type == "cuda":
         enforce(vram, device)
     return plan
+
+
+def within_memory(
+    components: Components,
+    phase: str,
+    work: Callable[[], T],
+    let_go: Callable[[], None] = lambda: None,
+) -> T:
+    """What `work` gives. Where the driver refuses memory, a thriftier plan is made and followed.
+
+    `let_go` drops what the caller holds of the parts. Raises BudgetError when nothing is left to
+    save. Without a plan the refusal is the caller's.
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            if components.plan is None:
+                raise
+            reason = str(error).partition("\n")[0]
+        let_go()  # not in the handler, whose traceback holds what should go
+        plan = step_down(components.spec, components.plan, phase)
+        peak = gib(plan.fixed + plan.options[phase].phase.peak)
+        log.warning("memory ran out (%s): %s: going on within %s", phase, reason, peak)
+        components.clear()
+        components.follow(plan)
 
 
 def ask_of(

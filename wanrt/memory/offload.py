@@ -31,7 +31,9 @@ class Visit(Protocol):
     def weights(self) -> tuple[str, ...]: ...
 
 
-Rounds = Sequence[Sequence[Visit]]  # the first is a forward pass, whose blocks may stay
+# The first round is a forward pass, whose blocks may stay or wait in memory; what the others visit
+# is needed once per request, and waits in its file.
+Rounds = Sequence[Sequence[Visit]]
 _Key = tuple[int, int]  # round, visit
 Read = Callable[[str], Tensor]  # a weight's name -> the weight as the module holds it, on the CPU
 
@@ -100,10 +102,8 @@ class WeightStream:
             for i, visit in enumerate(visits):
                 if r > 0 or i not in resident:
                     self._stops[r, i] = _Stop(visit, _lay_out(module, visit, dtype_of))
-        pinned = [stop for key, stop in self._stops.items() if key[0] == 0]
-        pinned = pinned[: placement.num_pinned]
-        pinned += [stop for key, stop in self._stops.items() if key[0] > 0]
-        for stop in pinned:
+        streamed = [stop for key, stop in self._stops.items() if key[0] == 0]
+        for stop in streamed[: placement.num_pinned]:
             stop.host = host_buffer(stop.num_bytes, device)
         self._stop_of = {name: stop for stop in self._stops.values() for name in stop.places}
         self._next = _successors(list(self._stops))

@@ -136,15 +136,14 @@ def _block_options(
     """Placement, bytes of blocks that stay, bytes of the ring.
 
     Where all blocks stay, their cross-attention keys and values do too. Else those are wanted once
-    per request and pass through the ring; in host memory they have their place all the same.
+    per request and pass through the ring, out of their file.
     """
     sizes = visit_sizes(spec, weights)
     kv = len(sizes) * weights.cross_kv
     yield place(sizes, len(sizes), pinned_room), sum(sizes) + kv, 0
     slot = max(*sizes, weights.cross_kv)
-    room = None if pinned_room is None else max(0, pinned_room - kv)
     for num in range(len(sizes) - 1, -1, -1):
-        placement = place(sizes, num, room)
+        placement = place(sizes, num, pinned_room)
         stay = sum(sizes[i] for i in placement.resident())
         yield placement, stay, placement.slots * slot
 

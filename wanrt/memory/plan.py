@@ -22,6 +22,7 @@ from wanrt.memory.phases import (
 )
 from wanrt.memory.placement import TYPICAL, Ask, Guidance, Machine, Phase, Placement
 
+_STEP_DOWN = 0.85  # of what did not fit, what is tried next
 HOST_FIXED = 2 * GIB  # interpreter, libraries, frames on their way to the file
 
 
@@ -33,9 +34,15 @@ class Plan:
     precision: str
     ask: Ask
     budget: int | None
-    fixed: int
+    ram: int | None  # budget of host memory
+    machine: Machine
     keep: bool  # every part fits beside the others and stays for the next request
     options: dict[str, Option]  # by phase: text, image, encode, step, decode
+
+    @property
+    def fixed(self) -> int:
+        """What the process holds on the device beside all tensors."""
+        return self.machine.fixed
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -90,7 +97,28 @@ def make_plan(
     assert not isinstance(whole, str), f"{whole=}"
     needed = machine.fixed + _together(tuple(option.phase for option in whole.values()))
     keep = spec.boundary is None and (budget is None or needed <= budget)
-    return Plan(spec.id, precision, ask, budget, machine.fixed, keep, whole if keep else options)
+    chosen = whole if keep else options
+    return Plan(spec.id, precision, ask, budget, ram, machine, keep, chosen)
+
+
+def step_down(spec: WanSpec, plan: Plan, phase: str) -> Plan:
+    """The next plan to try: without the parts that are kept, then with less for this one phase.
+
+    Raises BudgetError where the phase already holds the least it can.
+    """
+    if plan.keep:
+        return replace(plan, keep=False)
+    now = plan.options[phase].phase.peak
+    options = _phases(spec, plan.ask, plan.precision, plan.ram, plan.machine)[phase]
+    less = [option for option in options if option.phase.peak < now]
+    if not less:
+        raise BudgetError(
+            f"memory ran out ({phase}), which holds {gib(plan.fixed + now)} and cannot do with "
+            "less; close other programs, or ask for fewer --frames or a smaller --size"
+        )
+    enough = [option for option in less if option.phase.peak <= _STEP_DOWN * now]
+    chosen = min(enough or less, key=lambda o: o.phase.seconds if enough else o.phase.peak)
+    return replace(plan, keep=False, options={**plan.options, phase: chosen})
 
 
 def _together(phases: tuple[Phase, ...]) -> int:

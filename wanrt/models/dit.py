@@ -283,16 +283,31 @@ class WanDiT(nn.Module):
         added to the scores of each text row: with log(c), one row counts as c equal ones, exactly,
         so that the zero rows behind a prompt need not be computed one by one.
         """
-        if context.shape[-1] != self.spec.text_dim:
-            width = context.shape[-1]
-            raise UsageError(f"text of width {width}; this model takes {self.spec.text_dim}")
+        return self.prepare_each([(context, key_bias)], image_context)[0]
+
+    def prepare_each(
+        self,
+        texts: Sequence[tuple[Tensor, Tensor | None]],
+        image_context: Tensor | None = None,
+    ) -> list[TextCache]:
+        """`prepare` for each (context, key_bias), block by block: weights are needed once."""
+        for context, _ in texts:
+            if context.shape[-1] != self.spec.text_dim:
+                width = context.shape[-1]
+                raise UsageError(f"text of width {width}; this model takes {self.spec.text_dim}")
         _check_given("image_context", image_context, self.spec.image_dim is not None)
-        text = self.text_embedding(context)
+        rows = [self.text_embedding(context) for context, _ in texts]
         image = None if image_context is None else self.img_emb(image_context)
-        blocks = tuple(block.cross_attn.prepare(text, image) for block in self.blocks)
         sides = self.vace_blocks if self.spec.vace_layers else ()
-        vace = tuple(side.cross_attn.prepare(text, image) for side in sides)
-        return TextCache(blocks, vace, key_bias)
+        made = [
+            [block.cross_attn.prepare(text, image) for text in rows]
+            for block in (*self.blocks, *sides)
+        ]
+        num = len(self.blocks)
+        return [
+            TextCache(tuple(kv[:num]), tuple(kv[num:]), key_bias)
+            for kv, (_, key_bias) in zip(zip(*made, strict=True), texts, strict=True)
+        ]
 
     def visits(self) -> tuple[list[Visit], list[Visit]]:
         """The blocks as `forward_each` comes to them, and their text projections as `prepare` does.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wanrt.config import VaeWork
 from wanrt.kernels import torch_conv, torch_conv_int8
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
@@ -18,7 +18,7 @@ _SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes
 
 
 class VaeOps(NamedTuple):
-    """The arithmetic of a VAE, chosen when it is built; `kernels/reference.py` says what it is."""
+    """The arithmetic of a VAE, chosen when it is built; `kernels/reference_vae.py` says it."""
 
     rms_norm_channels: Callable[..., Tensor]
     causal_conv3d: Callable[..., tuple[Tensor, Tensor | None]]

@@ -132,8 +132,8 @@ def _orbit(room: _Room, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     slack = min(0.08, reach - radius)
     x = (room.left + room.right) / 2 + rng.uniform(-slack, slack)
     y = (room.top + room.bottom) / 2 + rng.uniform(-slack, slack)
-    turns = rng.uniform(0.85, 1) * rng.choice([-1, 1])
-    angle = 2 * np.pi * (turns * u + rng.uniform(0, 1))
+    start = rng.uniform(-0.3, -0.2)  # of a turn: about at the top, then clockwise
+    angle = 2 * np.pi * (start + rng.uniform(0.85, 1) * u)
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wanrt.kernels import torch_conv
-from wanrt.kernels.reference import QuantizedConv
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.torch_conv_int8 import quantize_conv_weight
 
 LEAST = -0.2785  # of SiLU

@@ -64,7 +64,7 @@ def load_component(
     device = torch.device(device)
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
-    weights = _Weights(module, found, dtype)
+    weights = _Weights(module, found, dtype, check)
     stream = None
     if placement is not None and placement.slots:
         stream = WeightStream(
@@ -80,8 +80,6 @@ def load_component(
                 tensor = weights.read_changed(name, changes[name], device)
             else:
                 tensor = weights.read(name)
-            if check:
-                _check_finite(weights.checkpoint, weights.sources[name], tensor)
             if stream is not None and stream.streams(name):
                 stream.hold(name, tensor)
             else:
@@ -98,13 +96,15 @@ def load_component(
 class _Weights:
     """The weights of one component as its module wants them, read one at a time."""
 
-    def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype, check: bool) -> None:
+        """`check`: each weight is looked at once, when it is first read."""
         self.checkpoint = Checkpoint.open(found.path)
         self.sources = match(module, self.checkpoint, found)
         check_formats(self.checkpoint)
         self.total = sum(self.num_bytes(name) for name in self.sources)
         self._fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
         self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
+        self._unchecked = set(self.sources) if check else set()
 
     def num_bytes(self, name: str) -> int:
         """As stored."""
@@ -123,7 +123,12 @@ class _Weights:
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         source = self.sources[name]
-        return _read(self._reader, source, shape_of(source, self.checkpoint.tensors), dtype)
+        shape = shape_of(source, self.checkpoint.tensors)
+        tensor = _read(self._reader, source, shape, dtype)
+        if name in self._unchecked:
+            _check_finite(self.checkpoint, source, tensor)
+            self._unchecked.remove(name)
+        return tensor
 
     def is_large_table(self, name: str) -> bool:
         """A token table of which a prompt needs few rows."""

@@ -1,0 +1,81 @@
+"""The transformer of one request: the expert that a step wants, its texts, its velocities."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from wanrt.components import Components
+from wanrt.conditions import Conditions
+from wanrt.config import Lora
+from wanrt.guidance import Expert
+from wanrt.planning import within_memory
+
+
+class Velocities(NamedTuple):
+    """With the prompt and, where guidance asks for it, without; fp32 `[1, C, T, h, w]`."""
+
+    cond: Tensor
+    uncond: Tensor | None
+
+
+class _Loaded(NamedTuple):
+    """An expert, and keys and values that it made of the prompt and of the negative one."""
+
+    expert: Expert
+    dit: nn.Module
+    text: Any
+    negative: Any
+
+
+class Denoiser:
+    """Computes velocities; one expert goes before the other comes.
+
+    Where the driver refuses memory, the step is computed again by a thriftier plan: blocks that
+    stayed stream from then on, and no finished step is lost.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        conditions: Conditions,
+        timed: Callable[[str], AbstractContextManager[None]],
+        loras: tuple[Lora, ...] = (),
+    ) -> None:
+        self._components, self._conditions, self._timed = components, conditions, timed
+        self._loras = loras
+        self._loaded: _Loaded | None = None
+
+    def velocities(self, x: Tensor, t: float, expert: Expert, guided: bool) -> Velocities:
+        """x: latents fp32 `[1, C, T, h, w]`; t in [0, 1000]."""
+        return within_memory(
+            self._components, "step", lambda: self._compute(x, t, expert, guided), self._let_go
+        )
+
+    def release(self) -> None:
+        """Let the transformer go, unless it fits beside everything else."""
+        self._let_go()
+        self._components.release("dit", "low_noise")
+
+    def _compute(self, x: Tensor, t: float, expert: Expert, guided: bool) -> Velocities:
+        loaded = self._load(expert)
+        texts = [loaded.text, loaded.negative] if guided else [loaded.text]
+        plan, inputs = self._components.plan, self._conditions.step_inputs(t)
+        with self._timed("denoise"):
+            if plan is not None and plan.guidance == "interleaved":
+                found = loaded.dit.forward_each(x, inputs.t, texts, **inputs.extra)
+            else:
+                found = [loaded.dit(x, inputs.t, text, **inputs.extra) for text in texts]
+        return Velocities(found[0], found[1] if guided else None)
+
+    def _load(self, expert: Expert) -> _Loaded:
+        if self._loaded is None or self._loaded.expert != expert:
+            self._let_go()
+            with self._timed("load"):
+                dit = self._components.dit(expert, self._loras)
+                self._loaded = _Loaded(expert, dit, *self._conditions.prepare(dit))
+        return self._loaded
+
+    def _let_go(self) -> None:
+        self._loaded = None
