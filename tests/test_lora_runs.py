@@ -1,6 +1,7 @@
 """LoRAs at work: merged and beside the weights, resident and streamed, request by request."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,53 @@ def test_what_does_nothing_is_said_once(
         pipe.check(wanrt.GenerateConfig("x", loras=[path]))
     (record,) = caplog.records
     assert "have no place in" in record.getMessage() and "k_img" in record.getMessage()
+
+
+def test_refused_before_weights_are_read(
+    zoo: Any,
+    tmp_path: Path,
+    files: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("wanrt.components.load_component", load)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
+    (tmp_path / "b.safetensors").write_bytes(b"\xff" * 64)
+    save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(2)}, tmp_path / "c.safetensors")
+    wide = {f"blocks.0.ffn.0.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(wide, tmp_path / "d.safetensors")
+    (good,) = files(T2V)[:1]
+    many = [good] * 400
+    cases = {
+        "a.gguf": (3, ".gguf is unknown"),
+        "b.safetensors": (3, "header"),
+        "c.safetensors": (3, "matches .* in 0 of its 1 keys"),
+        "d.safetensors": (3, r"does not fit .* is \[2, 2\].*another model"),
+        "none.safetensors": (3, "no such file"),
+        f"{good}:nan": (2, "weight of .* is nan"),
+        f"{good}:1:low": (2, "has one expert"),
+    }
+    runs = [(["--lora", str(tmp_path / name)], *outcome) for name, outcome in cases.items()]
+    runs.append(([part for lora in many for part in ("--lora", lora)], 2, "400 LoRAs; at most 64"))
+    for flags, code, reason in runs:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["generate", "x", "--model", str(zoo.path(T2V)), "-o", "o.mp4", *flags])
+        line = capsys.readouterr().err
+        assert exit_.value.code == code and re.search(reason, line), line
+        assert line.startswith("wanrt: ") and line.count("\n") == 1
+
+
+def test_both_experts_in_one_file_on_a_model_of_one(
+    zoo: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = written(tmp_path / "a.safetensors", T2V, zoo)
+    tensors = DIALECTS["diffusers"](Truth(given.pairs))
+    both = tensors | {k.replace("former.", "former_2."): v.clone() for k, v in tensors.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    pipe = zoo.open(T2V)
+    pipe.check(wanrt.GenerateConfig("x", loras=[tmp_path / "both.safetensors"]))
+    assert f"{len(tensors)} of its {len(both)} keys have no place" in caplog.text
+    assert "transformer_2." in caplog.text

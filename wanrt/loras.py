@@ -19,8 +19,10 @@ from torch import Tensor
 from wanrt.config import Lora, WanSpec
 from wanrt.errors import UsageError
 from wanrt.guidance import Expert
+from wanrt.weights import lora_fit
 from wanrt.weights.load import skeleton
-from wanrt.weights.lora import Change, Fit, LoraFile, Shapes, some
+from wanrt.weights.lora import Change, LoraFile
+from wanrt.weights.lora_fit import Fit, Shapes, some
 from wanrt.weights.titles import expert as expert_of
 
 log = logging.getLogger("wanrt")
@@ -122,7 +124,10 @@ class Shelf:
             if expert in _experts_of(lora, file, self.spec.boundary is not None):
                 second = bool(file.second) and (expert == "low" or not file.entries)
                 second = second and self.spec.boundary is not None
-                fit = file.fit(self.shapes, self.spec.title, second)
+                fit = lora_fit.fit(file, self.shapes, self.spec.title, second)
+                if self.spec.boundary is None:  # nothing for a second expert to do
+                    idle = (key for stored in file.second.values() for key in stored.values())
+                    fit = fit._replace(unmatched=(*fit.unmatched, *idle))
                 self._tell(file, fit, second)
                 found.append(Use(file, second, fit, lora.strength))
         return tuple(found)
@@ -130,7 +135,7 @@ class Shelf:
     def num_bytes(self, loras: Sequence[Lora], element: int) -> int:
         """What branches and differences keep on the device, at most."""
         each = (
-            sum(u.file.num_bytes(u.fit, self.shapes, element, u.second) for u in uses)
+            sum(lora_fit.num_bytes(u.file, u.fit, self.shapes, element, u.second) for u in uses)
             for uses in (self.uses(loras, expert) for expert in self._experts())
         )
         return max(each)
