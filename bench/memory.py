@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import BudgetError
 from wanrt.memory.budget import GIB
-from wanrt.memory.placement import TEXT_ROWS, TYPICAL, Ask
+from wanrt.memory.placement import TEXT_ROWS, Ask
 from wanrt.memory.plan import Plan, make_plan, smallest_budget
 
 BUDGETS = (8, 10, 12, 16)  # GiB
@@ -45,7 +45,7 @@ def rows() -> Iterator[Row]:
             for precision in PRECISIONS:
                 plans = [_plan(spec, ask, precision, budget * GIB) for budget in BUDGETS]
                 peaks = tuple(None if p is None else round(p.peak / GIB, 2) for p in plans)
-                least = smallest_budget(spec, ask, precision, RAM, TYPICAL)
+                least = smallest_budget(spec, ask, precision, RAM)
                 least = math.ceil(least / GIB * 100) / 100
                 yield Row(spec.id, name, precision, least, peaks, tuple(map(_note, plans)))
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wanrt.config import MODELS, VaeSpec
-from wanrt.kernels import reference
+from wanrt.kernels import reference_vae
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE, patchify, unpatchify
 from wanrt.models.vae_layers import (
     TORCH,
@@ -21,7 +21,7 @@ from wanrt.models.vae_layers import (
 from wanrt.models.vae_stages import average_down, duplicate_up
 from wanrt.weights.names import to_diffusers
 
-REFERENCE = VaeOps(*(getattr(reference, name) for name in VaeOps._fields))
+REFERENCE = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))
 
 WAN_21 = VaeSpec(base_dim=8, decoder_base_dim=8)
 WAN_22 = VaeSpec(z_dim=48, base_dim=8, decoder_base_dim=16, patch=2)

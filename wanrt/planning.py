@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import torch
 
+from wanrt import env
 from wanrt.components import Components, memory_bytes
+from wanrt.kernels import registry
 from wanrt.memory.budget import enforce, free_bytes, gib, parse_bytes
 from wanrt.memory.placement import Ask, Machine
 from wanrt.memory.plan import Plan, make_plan, step_down
@@ -17,6 +19,7 @@ log = logging.getLogger("wanrt")
 T = TypeVar("T")
 
 HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
+_FUSED = ("layer_norm_modulate", "rms_norm_rope")  # without copies in fp32 only as one kernel
 _CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
 
 
@@ -38,7 +41,11 @@ UNLIMITED = Budgets()
 
 def machine_of(device: torch.device) -> Machine:
     """What is known of the machine without measuring it."""
-    return _CPU if device.type == "cpu" else Machine()
+    if device.type == "cpu":
+        return _CPU
+    target, wanted = registry.here(torch.bfloat16, device.type), env.ops_backend()
+    ours = (registry.resolve(op, target, wanted).backend == "triton" for op in _FUSED)
+    return Machine(fused=all(ours))
 
 
 def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:

@@ -120,8 +120,11 @@ class WeightStream:
         self._now: tuple[_Key, _Slot] | None = None
         self._added: dict[str, Tensor] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._copies is not None:  # fresh buffers may be memory that queued work still uses
+            for slot in self._free:
+                slot.free = torch.cuda.current_stream(device).record_event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="wanrt-weights")
-        weakref.finalize(self, self._worker.shutdown, wait=False)
+        weakref.finalize(self, _finish, self._worker, self._copies)
 
     def attach(self) -> None:
         """From now on every visit happens by itself, when its module is called."""
@@ -215,6 +218,16 @@ class WeightStream:
                 self._copies.wait_event(slot.free)
             slot.buffer[:size].copy_(source[:size], non_blocking=True)
             slot.copied = self._copies.record_event()
+
+
+def _finish(worker: ThreadPoolExecutor, copies: torch.cuda.Stream | None) -> None:
+    """Before the buffers go: no copy into them, or out of host memory, is under way.
+
+    What the worker has still to do holds the stream of weights, so that now it has nothing to do.
+    """
+    worker.shutdown(wait=False)
+    if copies is not None:
+        copies.synchronize()
 
 
 def _lay_out(

@@ -77,6 +77,50 @@ class Plan:
         return self.options["step"].guidance
 
 
+@dataclass(frozen=True)
+class _Question:
+    """All that a plan is made for, but the budget of the device."""
+
+    spec: WanSpec
+    ask: Ask
+    precision: str
+    ram: int | None
+    machine: Machine
+
+    def phases(self) -> dict[str, list[Option]]:
+        """The phases of the request in their order, each with every way to run it."""
+        spec, ask, machine = self.spec, self.ask, self.machine
+        form = FORMATS[self.precision]
+        pinned_room = None if self.ram is None else max(0, self.ram - HOST_FIXED)
+        phases = {}
+        if ask.encodes_text:
+            phases["text"] = list(text_options(spec, ask, form, machine))
+        if spec.clip is not None and ask.image:
+            phases["image"] = list(clip_options(spec, form, machine))
+        if ask.image:
+            phases["encode"] = list(encode_options(spec, ask, form, machine))
+        phases["step"] = list(dit_options(spec, ask, form, machine, pinned_room))
+        if ask.decodes:
+            phases["decode"] = list(decode_options(spec, ask, form, machine))
+        return phases
+
+    def best(self, budget: int | None) -> dict[str, Option] | str:
+        """Of each phase the fastest option that fits; else the name of the first without one."""
+        room = math.inf if budget is None else budget - self.machine.fixed
+        chosen = {}
+        for name, options in self.phases().items():
+            fitting = [option for option in options if option.phase.peak <= room]
+            if not fitting:
+                return name
+            chosen[name] = min(fitting, key=lambda o: (o.phase.seconds, -o.phase.weights))
+        return chosen
+
+    def least(self) -> int:
+        """Bytes below which nothing is left to stream, cut or chunk."""
+        leasts = (min(o.phase.peak for o in options) for options in self.phases().values())
+        return self.machine.fixed + max(leasts)
+
+
 def make_plan(
     spec: WanSpec,
     ask: Ask,
@@ -90,15 +134,24 @@ def make_plan(
     budget None: everything stays on the device. Raises BudgetError with the smallest budget that
     would do and the longest video that this one allows.
     """
-    options = _best(spec, ask, precision, budget, ram, machine)
+    question = _Question(spec, ask, precision, ram, machine)
+    options = question.best(budget)
     if isinstance(options, str):
-        raise BudgetError(_advice(spec, ask, precision, budget, ram, machine, options))
-    whole = _best(spec, ask, precision, None, ram, machine)
+        assert budget is not None
+        raise BudgetError(_advice(question, budget, options))
+    whole = question.best(None)
     assert not isinstance(whole, str), f"{whole=}"
     needed = machine.fixed + _together(tuple(option.phase for option in whole.values()))
     keep = spec.boundary is None and (budget is None or needed <= budget)
     chosen = whole if keep else options
     return Plan(spec.id, precision, ask, budget, ram, machine, keep, chosen)
+
+
+def smallest_budget(
+    spec: WanSpec, ask: Ask, precision: str, ram: int | None, machine: Machine = TYPICAL
+) -> int:
+    """Bytes that the thriftiest plan needs."""
+    return _Question(spec, ask, precision, ram, machine).least()
 
 
 def step_down(spec: WanSpec, plan: Plan, phase: str) -> Plan:
@@ -109,8 +162,8 @@ def step_down(spec: WanSpec, plan: Plan, phase: str) -> Plan:
     if plan.keep:
         return replace(plan, keep=False)
     now = plan.options[phase].phase.peak
-    options = _phases(spec, plan.ask, plan.precision, plan.ram, plan.machine)[phase]
-    less = [option for option in options if option.phase.peak < now]
+    question = _Question(spec, plan.ask, plan.precision, plan.ram, plan.machine)
+    less = [option for option in question.phases()[phase] if option.phase.peak < now]
     if not less:
         raise BudgetError(
             f"memory ran out ({phase}), which holds {gib(plan.fixed + now)} and cannot do with "
@@ -127,78 +180,21 @@ def _together(phases: tuple[Phase, ...]) -> int:
     return sum(parts.values()) + max(phase.peak - phase.weights for phase in phases)
 
 
-def smallest_budget(
-    spec: WanSpec, ask: Ask, precision: str, ram: int | None, machine: Machine
-) -> int:
-    """Bytes below which nothing is left to stream, cut or chunk."""
-    leasts = (
-        min(option.phase.peak for option in options)
-        for options in _phases(spec, ask, precision, ram, machine).values()
-    )
-    return machine.fixed + max(leasts)
-
-
-def _best(
-    spec: WanSpec,
-    ask: Ask,
-    precision: str,
-    budget: int | None,
-    ram: int | None,
-    machine: Machine,
-) -> dict[str, Option] | str:
-    """Of each phase the fastest option that fits; else the name of the first phase without one."""
-    chosen = {}
-    for name, options in _phases(spec, ask, precision, ram, machine).items():
-        room = None if budget is None else budget - machine.fixed
-        fitting = [o for o in options if room is None or o.phase.peak <= room]
-        if not fitting:
-            return name
-        chosen[name] = min(fitting, key=lambda o: (o.phase.seconds, -o.phase.weights))
-    return chosen
-
-
-def _phases(
-    spec: WanSpec, ask: Ask, precision: str, ram: int | None, machine: Machine
-) -> dict[str, list[Option]]:
-    """The phases of a request in their order, each with every way to run it."""
-    form = FORMATS[precision]
-    pinned_room = None if ram is None else max(0, ram - HOST_FIXED)
-    phases = {}
-    if ask.encodes_text:
-        phases["text"] = list(text_options(spec, ask, form, machine))
-    if spec.clip is not None and ask.image:
-        phases["image"] = list(clip_options(spec, form, machine))
-    if ask.image:
-        phases["encode"] = list(encode_options(spec, ask, form, machine))
-    phases["step"] = list(dit_options(spec, ask, form, machine, pinned_room))
-    if ask.decodes:
-        phases["decode"] = list(decode_options(spec, ask, form, machine))
-    return phases
-
-
-def _advice(
-    spec: WanSpec,
-    ask: Ask,
-    precision: str,
-    budget: int | None,
-    ram: int | None,
-    machine: Machine,
-    phase: str,
-) -> str:
+def _advice(question: _Question, budget: int, phase: str) -> str:
     """What does not fit, and what would."""
-    least = smallest_budget(spec, ask, precision, ram, machine)
+    ask = question.ask
     asked = f"{ask.width}x{ask.height}, {ask.num_frames} frames"
-    text = f"{spec.title} at {asked} in {precision} does not fit {gib(budget or 0)} ({phase})"
-    remedies = [f"--vram {math.ceil(100 * least / GIB) / 100}G"]
+    text = f"{question.spec.title} at {asked} in {question.precision} does not fit {gib(budget)}"
+    remedies = [f"--vram {math.ceil(100 * question.least() / GIB) / 100}G"]
 
     def fits(frames: int) -> bool:
-        shorter = replace(ask, num_frames=frames)
-        return not isinstance(_best(spec, shorter, precision, budget, ram, machine), str)
+        shorter = replace(question, ask=replace(ask, num_frames=frames))
+        return not isinstance(shorter.best(budget), str)
 
     longest = _longest(ask.num_frames, fits)
     if longest:
         remedies.append(f"--frames {longest}")
-    return f"{text}; what would: {' or '.join(remedies)}"
+    return f"{text} ({phase}); what would: {' or '.join(remedies)}"
 
 
 def _longest(frames: int, fits: Callable[[int], bool]) -> int | None:
