@@ -1,6 +1,7 @@
 """LoRA files: every dialect says the same, diffusers' converters agree, broken files are named."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as theirs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lora_files import ALPHA, DIALECTS, RANK, Truth, matrices, shapes_of, truth
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 from wanrt.errors import FormatError
 from wanrt.weights.lora import LoraFile
 from wanrt.weights.lora_fit import fit
+from wanrt.weights.lora_names import parse
 from wanrt.weights.names import to_diffusers
 
 T2V, I2V, VACE = "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p", "wan2.1-vace-1.3b"
@@ -23,6 +27,7 @@ DIFFERENCES = (
     *("blocks.0.self_attn.q.bias", "head.head.weight", "head.head.bias", "time_projection.1.bias"),
     *("blocks.1.modulation", "head.modulation", "patch_embedding.weight"),
 )
+PIECES = (torch.ones(2, 128), torch.ones(128, 2))
 Write = Callable[..., Path]
 
 
@@ -224,3 +229,18 @@ def test_garbage(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FormatError, match="GGUF|gguf"):
             LoraFile.open(tmp_path / name)
+
+
+KEYS = [key for write in DIALECTS.values() for key in write(Truth({"blocks.0.ffn.0": PIECES}))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"._0129ab", *KEYS, *re.split(r"[._]", "".join(KEYS))])))
+def test_any_key_is_understood_or_not(pieces: list[str]) -> None:
+    """Whatever stands in a header; what is understood is a module of a Wan transformer."""
+    found = parse("".join(pieces))
+    if found is not None:
+        known = (
+            r"(blocks\.\d+\.)?(ffn|self_attn|patch_embedding|head|modulation).*|vace_|text_|time_"
+        )
+        assert re.match(known, found.module), found

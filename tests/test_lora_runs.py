@@ -196,7 +196,7 @@ def test_a_budget_counts_them(zoo: Any, files: Callable[..., Any]) -> None:
     torch.testing.assert_close(pipe.denoise(run), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_pairs(zoo: Any, tmp_path: Path) -> None:
+def test_pairs(zoo: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A pair by the names of its files, the same in one file of Diffusers, and by word."""
     names = {e: str(tmp_path / f"wan2.2_style_{e}_noise.safetensors") for e in ("high", "low")}
     given = [written(Path(names[e]), A14B, zoo, i) for i, e in enumerate(("high", "low"))]
@@ -210,6 +210,10 @@ def test_pairs(zoo: Any, tmp_path: Path) -> None:
         return [[str(u.file.path) for u in shelf.uses(loras, e)] for e in ("high", "low")]
 
     high, low = names.values()
+    shelf.check([Lora(high), Lora(low)])
+    assert not caplog.records
+    shelf.check([Lora(low)])
+    assert "only the low-noise expert has a LoRA; give the high-noise file too" in caplog.text
     assert experts(Lora(low), Lora(high)) == [[high], [low]]
     assert experts(Lora(high, 1, "both")) == [[high], [high]]
     assert experts(Lora(low, 1, "high")) == [[low], []]

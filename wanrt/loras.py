@@ -95,7 +95,7 @@ class Shelf:
     def __post_init__(self) -> None:
         self._files: dict[tuple[str, int], LoraFile] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._told: set[tuple[object, ...]] = set()
+        self._told: set[str] = set()
 
     @property
     def shapes(self) -> Shapes:
@@ -113,8 +113,13 @@ class Shelf:
                     f"{lora.path}:{lora.expert} is for two-expert models; "
                     f"{self.spec.title} has one expert"
                 )
-        for expert in self._experts():
-            self.uses(loras, expert)
+        served = [len(self.uses(loras, expert)) for expert in self._experts()]
+        if sum(served) and not all(served) and not self.quiet:
+            expert, other = ("low", "high") if served[1] else ("high", "low")
+            self._once(
+                f"only the {expert}-noise expert has a LoRA; give the {other}-noise file too, or "
+                f"write FILE:WEIGHT:both"
+            )
 
     def uses(self, loras: Sequence[Lora], expert: Expert) -> tuple[Use, ...]:
         """The LoRAs that act on an expert; a model without two has the `high` one."""
@@ -128,7 +133,7 @@ class Shelf:
                 if self.spec.boundary is None:  # nothing for a second expert to do
                     idle = (key for stored in file.second.values() for key in stored.values())
                     fit = fit._replace(unmatched=(*fit.unmatched, *idle))
-                self._tell(file, fit, second)
+                self._tell(file, fit)
                 found.append(Use(file, second, fit, lora.strength))
         return tuple(found)
 
@@ -157,19 +162,17 @@ class Shelf:
             self._files[path, stamp] = LoraFile.open(path)
         return self._files[path, stamp]
 
-    def _tell(self, file: LoraFile, fit: Fit, second: bool) -> None:
+    def _tell(self, file: LoraFile, fit: Fit) -> None:
         """Once per file: what of it does nothing."""
-        key = (file.path, second)
-        if fit.unmatched and not self.quiet and key not in self._told:
-            self._told.add(key)
-            log.warning(
-                "%s: %d of its %d keys have no place in %s: %s",
-                file.path,
-                len(fit.unmatched),
-                len(file.checkpoint.tensors),
-                self.spec.title,
-                some(list(fit.unmatched)),
-            )
+        if fit.unmatched and not self.quiet:
+            keys = f"{len(fit.unmatched)} of its {len(file.tensors)} keys"
+            where = self.spec.title
+            self._once(f"{file.path}: {keys} have no place in {where}: {some(list(fit.unmatched))}")
+
+    def _once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
 
 
 class Match(NamedTuple):
