@@ -50,9 +50,11 @@ LINES = {
     8: Line(
         (
             "wanrt.pipeline",
+            "wanrt.adapter",
             "wanrt.components",
             "wanrt.conditions",
             "wanrt.denoiser",
+            "wanrt.loras",
             "wanrt.planning",
             "wanrt.request",
             "wanrt.tasks",

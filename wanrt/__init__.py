@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanrt import sampler
-    from wanrt.config import GenerateConfig
+    from wanrt.config import GenerateConfig, Lora
     from wanrt.pipeline import Pipeline
     from wanrt.weights.load import load_component
 
-__all__ = ["GenerateConfig", "Pipeline", "load_component", "sampler"]
+__all__ = ["GenerateConfig", "Lora", "Pipeline", "load_component", "sampler"]
 
 _HOME = {
     "GenerateConfig": "wanrt.config",
+    "Lora": "wanrt.config",
     "Pipeline": "wanrt.pipeline",
     "load_component": "wanrt.weights.load",
 }

@@ -12,11 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wanrt.components import identify
+from wanrt.config import MODELS, WanSpec
 from wanrt.errors import UsageError
+from wanrt.loras import match
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.layouts import Layout
 from wanrt.weights.names import Kind
+from wanrt.weights.parts import find_parts
 from wanrt.weights.random import write_random
 
 _WIDE = 1000  # columns: nothing is cut off, the terminal wraps
@@ -27,13 +31,19 @@ _DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8_scaled")
 def inspect(
     path: Annotated[str, typer.Argument(help="A file, a folder, an id or a repository.")],
     offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
+    model: Annotated[str | None, typer.Option(help="Which keys of a LoRA match it?")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per model.")] = False,
 ) -> None:
-    """Say what a checkpoint is; reads headers only."""
+    """Say what a checkpoint or a LoRA is; reads headers only."""
     found = describe(resolve_model(path, offline=offline))
+    spec = None if model is None else _spec_of(model, offline)
+    matches = {one.path: match(one.path, spec) for one in found if spec and one.kind == "lora"}
     if as_json:
         for one in found:
-            print(json.dumps(_record(one), ensure_ascii=False))
+            held = (
+                {"matches": [m._asdict() for m in matches[one.path]]} if one.path in matches else {}
+            )
+            print(json.dumps(_record(one) | held, ensure_ascii=False))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("what", "kind", "precision", "layout", "parameters", "size", "path"):
@@ -52,6 +62,22 @@ def inspect(
         )
         table.add_row(*map(Text, cells))  # as they are: a path may look like markup
     Console(width=_WIDE).print(table, highlight=False, soft_wrap=True)
+    for where, held in matches.items():
+        for one in held:
+            of = "" if spec.boundary is None else f", {one.expert} noise"
+            print(f"{where}: changes {len(one.weights)} weights of {spec.title}{of}")
+            for key in one.unmatched:
+                print(f"  no place for {key}")
+
+
+def _spec_of(model: str, offline: bool) -> WanSpec:
+    """Of a model by its id, or of one that lies somewhere; reads headers."""
+    if model in MODELS:
+        return MODELS[model]
+    path = resolve_model(model, offline=offline)
+    parts = find_parts(path)
+    parts.require("dit")
+    return identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path}")
 
 
 def _record(found: Detected) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wanrt import env
-from wanrt.config import MODELS, Defaults, Precision, Task, WanSpec
+from wanrt.adapter import Adapter
+from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
+from wanrt.loras import Shelf
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
 from wanrt.memory.prompt_cache import PromptCache
@@ -87,8 +89,13 @@ class Components:
     keep: bool
     report: Report
     plan: Plan | None = None  # of the request under way; None: everything stays on the device
+    loras: tuple[Lora, ...] = ()  # part of the model, for every request
+    _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.spec)
 
     def follow(self, plan: Plan) -> None:
         """Parts loaded from now on lie where the plan says; those that lie otherwise go."""
@@ -101,13 +108,20 @@ class Components:
             if self._placed[name] != self._placement(name):
                 self._drop(name)
 
-    def dit(self, expert: Expert = "high") -> nn.Module:
-        """The transformer; of two experts the one asked for, and only that one in memory."""
-        if expert == "low":
-            self.release("dit")
-            return self._get("low_noise", "dit", self.dtypes.dit)
-        self.release("low_noise")
-        return self._get("dit", "dit", self.dtypes.dit)
+    def dit(self, expert: Expert = "high", loras: tuple[Lora, ...] = ()) -> nn.Module:
+        """The transformer with a request's LoRAs; of two experts the one asked for, alone."""
+        name, other = ("low_noise", "dit") if expert == "low" else ("dit", "low_noise")
+        self.release(other)
+        placement = self._placement(name)
+        streams = placement is not None and placement.slots > 0
+        own = self.shelf.uses(self.loras, expert)
+        if name not in self._loaded:
+            changes = {} if streams else self.shelf.merges(own)
+            module = self._get(name, "dit", self.dtypes.dit, changes)
+            self._adapters[name] = Adapter(module, getattr(module, "weight_stream", None), self.device)
+        asked = self.shelf.uses(loras, expert)
+        self._adapters[name].put_on((*own, *asked) if streams else asked)
+        return self._loaded[name]
 
     def vae(self) -> nn.Module:
         return self._get("vae", "vae", self.dtypes.vae)
@@ -160,6 +174,7 @@ class Components:
     def _drop(self, *names: str) -> None:
         for name in names:
             part = self._loaded.pop(name, None)
+            self._adapters.pop(name, None)
             if (stream := getattr(part, "weight_stream", None)) is not None:
                 stream.close()
             del part, stream
@@ -174,7 +189,13 @@ class Components:
             return self._placed.get(name)
         return self.plan.placement(phase)
 
-    def _get(self, name: str, kind: Kind, dtype: torch.dtype) -> nn.Module:
+    def _get(
+        self,
+        name: str,
+        kind: Kind,
+        dtype: torch.dtype,
+        changes: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> nn.Module:
         if name not in self._loaded:
             self.parts.require(kind)
             self._placed[name] = self._placement(name)
@@ -186,6 +207,7 @@ class Components:
                 check=self.check,
                 progress=lambda done, total: self.report(f"load {name}", done, total),
                 placement=self._placed[name],
+                changes=changes,
             )
         return self._loaded[name]
 

@@ -1,6 +1,7 @@
 """What a checkpoint is (specs, the table of released models), what a user asks (GenerateConfig)."""
 
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from typing import Any, Literal
 
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
@@ -287,13 +288,43 @@ MODELS: dict[str, WanSpec] = {
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA file, how strongly it acts, and on which expert of Wan2.2 A14B.
+
+    `auto`: a file that holds a pair serves both experts, one that says high or low noise in its
+    name serves that expert, every other one both.
+    """
+
+    path: str
+    strength: float = 1.0
+    expert: Literal["auto", "high", "low", "both"] = "auto"
+
+    @classmethod
+    def parse(cls, text: "str | PathLike[str] | Lora") -> "Lora":
+        """From `FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:EXPERT`; a path may hold colons itself."""
+        if isinstance(text, Lora):
+            return text
+        path, expert, strength = fspath(text), "auto", 1.0
+        head, _, last = path.rpartition(":")
+        if head and last in ("high", "low", "both"):
+            path, expert = head, last
+            head, _, last = path.rpartition(":")
+        if head:
+            try:
+                path, strength = head, float(last)
+            except ValueError:
+                path = f"{head}:{last}"
+        return cls(path, strength, expert)
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """What a user asks for. None is the model's default, as the reference's command line has it.
 
     Sizes are pixels, `fps` frames per second; `num_frames` is 4n+1. Images may be paths, PIL images
     or tensors; a video is a path or a `wanrt.tasks.vace.Source`. `seed` -1 draws one. `noise` names
     the random generator: "cpu" gives the same noise on every machine, "cuda" what the reference
-    draws on the same GPU.
+    draws on the same GPU. `loras` act on this request alone, as `Lora`, path or "FILE:WEIGHT".
     """
 
     prompt: str
@@ -321,3 +352,5 @@ class GenerateConfig:
     outpaint: str | None = None  # VACE: "left,right:0.25", directions and share of the side
     extend: Literal["after", "before"] | None = None  # VACE: go on after the video, or lead to it
     context_scale: float = 1.0
+    loras: tuple[Any, ...] = ()
+    preset: str | None = None  # settings that a step-distilled LoRA is made for, see docs/lora.md

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wanrt.components import Components
 from wanrt.conditions import Conditions
+from wanrt.config import Lora
 from wanrt.guidance import Expert
 from wanrt.planning import within_memory
 
@@ -40,8 +41,10 @@ class Denoiser:
         components: Components,
         conditions: Conditions,
         timed: Callable[[str], AbstractContextManager[None]],
+        loras: tuple[Lora, ...] = (),
     ) -> None:
         self._components, self._conditions, self._timed = components, conditions, timed
+        self._loras = loras
         self._loaded: _Loaded | None = None
 
     def velocities(self, x: Tensor, t: float, expert: Expert, guided: bool) -> Velocities:
@@ -70,7 +73,7 @@ class Denoiser:
         if self._loaded is None or self._loaded.expert != expert:
             self._let_go()
             with self._timed("load"):
-                dit = self._components.dit(expert)
+                dit = self._components.dit(expert, self._loras)
                 self._loaded = _Loaded(expert, dit, *self._conditions.prepare(dit))
         return self._loaded
 

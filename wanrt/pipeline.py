@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +21,11 @@ from wanrt.conditions import (
     noise_shape,
     prepare_inputs,
 )
-from wanrt.config import GenerateConfig, Precision, VaeWork
+from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
 from wanrt.denoiser import Denoiser
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
+from wanrt.loras import hint_at_preset, parse_loras
 from wanrt.media.image import to_uint8
 from wanrt.media.result import Video
 from wanrt.memory.plan import Plan
@@ -88,6 +89,7 @@ class Pipeline:
         device: str = "auto",
         vram: str | int | None = None,
         ram: str | int | None = None,
+        loras: Sequence[str | Path | Lora] = (),
         offline: bool = False,
         check: bool = True,
         report: Report = lambda phase, done, total: None,
@@ -96,6 +98,8 @@ class Pipeline:
 
         vram, ram: budgets in GiB, as "8G": of the device, and of host memory for weights that wait
         there. Without vram a CUDA card's free memory is the budget, and a CPU has none.
+        loras: "FILE:WEIGHT", paths or wanrt.Lora, which every request then has; where weights lie
+        on the device they merge. For weights that change from request to request see `generate`.
         Reads headers only; `check` looks for NaN and infinity when a part is loaded. `report` is
         called as (phase, done, total) while parts load and frames decode.
         """
@@ -104,6 +108,8 @@ class Pipeline:
         parts = find_parts(path, text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise)
         name = f"{model} {path}"
         components = open_parts(parts, name, precision, choose_device(device), check, report)
+        components.loras = parse_loras(loras)
+        components.shelf.check(components.loras)
         return cls(components, budgets)
 
     def generate(
@@ -119,6 +125,7 @@ class Pipeline:
     ) -> Video | Tensor:
         """Make one video; `settings` are the fields of GenerateConfig.
 
+        loras=["FILE:WEIGHT", ...] among them act on this video alone, as side branches.
         latents: noise to start from, `[1, C, T, h, w]`; prompt_embeds, negative_embeds: text
         features `[n <= 512, text_dim]` instead of the prompts. output="latents" returns the
         normalised latents and decodes nothing.
@@ -181,6 +188,9 @@ class Pipeline:
         UsageError, and FormatError where the model lacks a part that the request needs.
         """
         request = resolve(config, self.spec)
+        self.components.shelf.check(request.loras)
+        if not request.distilled and config.preset is None and config.num_steps is None:
+            hint_at_preset((*self.components.loras, *request.loras))
         if request.noise == "cuda" and self.components.device.type != "cuda":
             raise UsageError("noise 'cuda' needs a CUDA GPU; 'cpu' is the same on every machine")
         for rows in embeds:
@@ -209,7 +219,9 @@ class Pipeline:
         if new := [text for text in texts if text not in self._embeds]:
             tokens = self.components.tokenizer()(new, self.spec.dit.text_len)
             lengths.append(int(tokens.mask.sum(1).max()))
-        ask = ask_of(request, max(lengths), refs, encodes_text=bool(new), decodes=decode)
+        parts, every = self.components, (*self.components.loras, *request.loras)
+        lora = parts.shelf.num_bytes(every, parts.dtypes.dit.itemsize) if every else 0
+        ask = ask_of(request, max(lengths), refs, bool(new), decode, lora)
         plan = plan_request(self.components, ask, self.budgets)
         self.components.follow(plan)
         return plan
@@ -267,7 +279,7 @@ class Pipeline:
         solver = sampler.make_solver(request.solver, sigmas)
         x = self._start(request, conditions, latents)
         self._follow(run)
-        denoiser = Denoiser(self.components, conditions, run.timed)
+        denoiser = Denoiser(self.components, conditions, run.timed, request.loras)
         for i, t in enumerate(timesteps.tolist()):
             expert = expert_for(t, spec.boundary)
             guidance = guidance_for(expert, request.guidance, request.guidance_low)

@@ -95,7 +95,14 @@ def _ran_out(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in signs)
 
 
-def ask_of(request: Request, text_rows: int, refs: int, encodes_text: bool, decodes: bool) -> Ask:
+def ask_of(
+    request: Request,
+    text_rows: int,
+    refs: int,
+    encodes_text: bool,
+    decodes: bool,
+    lora: int = 0,
+) -> Ask:
     """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
     return Ask(
         request.width,
@@ -107,4 +114,5 @@ def ask_of(request: Request, text_rows: int, refs: int, encodes_text: bool, deco
         refs=refs,
         encodes_text=encodes_text,
         decodes=decodes,
+        lora=lora,
     )

@@ -6,8 +6,9 @@ from typing import TypeVar, get_args
 
 from torch import Tensor
 
-from wanrt.config import FLF2V_NEGATIVE, GenerateConfig, Solver, Task, WanSpec
+from wanrt.config import FLF2V_NEGATIVE, Defaults, GenerateConfig, Lora, Solver, Task, WanSpec
 from wanrt.errors import UsageError
+from wanrt.loras import PRESETS, Preset, parse_loras
 from wanrt.models.tokenizer import check_prompt
 from wanrt.tasks import limits
 
@@ -32,12 +33,13 @@ _TAKES: dict[Task, tuple[str, ...]] = {
     "vace": ("video", "mask", "refs", "image", "last_image", "outpaint", "extend"),
 }
 # What step-distilled models are made for, whatever they were distilled from.
-_DISTILLED = {"num_steps": 4, "guidance": 1.0, "guidance_low": 1.0, "flow_shift": 5.0}
+_DISTILLED = "lightx2v-4step"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("auto", *get_args(Task)),
     "solver": get_args(Solver),
     "noise": ("cpu", "cuda"),
     "extend": ("after", "before"),
+    "preset": tuple(PRESETS),
 }
 _INPUTS = ("image", "last_image", "video", "mask", "outpaint", "extend")
 _MIN_FLF2V_FRAMES = 5  # something must lie between the two pictures
@@ -63,6 +65,7 @@ class Request:
     seed: int
     noise: str
     context_scale: float
+    loras: tuple[Lora, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -87,14 +90,16 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
     _check_choices(config)
     limits.check_seed(config.seed)
     task = _task(config, spec)
-    d = replace(spec.defaults, **_DISTILLED) if config.distilled else spec.defaults
+    preset = PRESETS.get(_DISTILLED if config.distilled else config.preset or "")
+    distilled = preset is not None and preset.fixed_steps
+    d = spec.defaults if preset is None else _preset_defaults(spec.defaults, preset)
     width, height = _or(config.width, d.size[0]), _or(config.height, d.size[1])
     num_frames = 1 if task == "t2i" else _or(config.num_frames, d.num_frames)
     area_only = task in ("i2v", "flf2v")
     limits.check_size(width, height, 1 if area_only else spec.vae.spatial_stride * 2)
     limits.check_frames(num_frames)
     shift = d.flow_shift
-    if spec.dit.image_dim and task == "i2v" and not config.distilled:
+    if spec.dit.image_dim and task == "i2v" and (preset is None or preset.flow_shift is None):
         # Two models of one shape: the area decides.
         shift = _SHIFT_480P if width * height <= _AREA_480P else 5.0
     request = Request(
@@ -109,14 +114,22 @@ def resolve(config: GenerateConfig, spec: WanSpec) -> Request:
         guidance=_or(config.guidance, d.guidance),
         guidance_low=_guidance_low(config, spec, d.guidance_low),
         flow_shift=_or(config.flow_shift, shift),
-        solver="euler" if config.distilled else config.solver,
-        distilled=config.distilled,
+        solver="euler" if distilled else config.solver,
+        distilled=distilled,
         seed=secrets.randbelow(2**32) if config.seed == -1 else config.seed,
         noise=config.noise,
         context_scale=config.context_scale,
+        loras=parse_loras(config.loras),
     )
     _check_ranges(request)
     return request
+
+
+def _preset_defaults(defaults: Defaults, preset: Preset) -> Defaults:
+    """A preset's settings where the user says nothing; none of them is guided."""
+    shift = _or(preset.flow_shift, defaults.flow_shift)
+    changed = replace(defaults, num_steps=preset.num_steps, flow_shift=shift)
+    return replace(changed, guidance=1.0, guidance_low=1.0)
 
 
 def check_embeds(embeds: Tensor | None, spec: WanSpec) -> None:

@@ -123,6 +123,7 @@ class WeightStream:
         ]
         self._coming: dict[_Key, _Coming] = {}
         self._now: tuple[_Key, _Slot] | None = None
+        self._added: dict[str, Tensor] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._copies is not None:  # fresh buffers may be memory that queued work still uses
             for slot in self._free:
@@ -156,6 +157,14 @@ class WeightStream:
         assert stop.host is not None, f"{name=}"
         stop.places[name].view(stop.host).copy_(tensor)
 
+    def change(self, added: dict[str, Tensor]) -> None:
+        """From the next visit on, add these fp32 tensors on the device to weights that stream.
+
+        They are added in the ring, after the copy: what waits in memory or in the file stays.
+        """
+        self._leave()
+        self._added = added
+
     def enter(self, key: _Key) -> None:
         """Put the weights of a visit in their places; the visit before ends with it."""
         if self._now is not None and self._now[0] == key:
@@ -172,7 +181,10 @@ class WeightStream:
         if coming.slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(coming.slot.copied)
         for name, place in self._stops[key].places.items():
-            _assign(self.module, name, place.view(coming.slot.buffer))
+            weight = place.view(coming.slot.buffer)
+            if name in self._added:
+                weight.add_(self._added[name])
+            _assign(self.module, name, weight)
         self._now = (key, coming.slot)
         following = key
         while self._free and (following := self._next.get(following)) not in (None, key):

@@ -17,6 +17,7 @@ from wanrt import env
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
 from wanrt.kernels.target import UnsupportedOp
+from wanrt.models.lora import LowRankBranch
 
 log = logging.getLogger("wanrt")
 
@@ -74,14 +75,20 @@ def reusable(x: Tensor) -> Tensor | None:
 
 
 class Linear(nn.Linear):
-    """A matrix product in its weight's dtype."""
+    """A matrix product in its weight's dtype, and what LoRAs add to it."""
+
+    branch: LowRankBranch | None = None  # no parameter: it stays where it is when weights move
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.branch is None else self.branch.add_to(y, x)
 
 
 class PatchEmbedding(nn.Conv3d):
     """Non-overlapping patches to tokens: a convolution's weight, used as a matrix product."""
+
+    branch: LowRankBranch | None = None
 
     def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
         super().__init__(in_dim, dim, patch_size, patch_size)
@@ -92,7 +99,9 @@ class PatchEmbedding(nn.Conv3d):
         (pt, ph, pw), (t, h, w) = self.kernel_size, size
         x = latents.view(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, L, C * pt * ph * pw]
-        return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        x = x.to(self.weight.dtype)
+        y = F.linear(x, self.weight.flatten(1), self.bias)
+        return y if self.branch is None else self.branch.add_to(y, x)
 
 
 class LayerNorm(nn.LayerNorm):

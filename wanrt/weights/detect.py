@@ -12,6 +12,7 @@ import torch
 from wanrt.errors import FormatError
 from wanrt.weights import names
 from wanrt.weights.checkpoint import Checkpoint, TensorInfo, weight_sets
+from wanrt.weights.lora import LoraFile
 from wanrt.weights.names import Component, Source, Translation
 from wanrt.weights.quantised import FP8, SCALES
 from wanrt.weights.safetensors_file import MAX_HEADER, parse_json
@@ -45,7 +46,7 @@ _CONFIG_CLASSES = {
     "umt5": {"umt5", "UMT5EncoderModel"},
     "clip": {"clip_vision_model", "CLIPVisionModel"},
 }
-_LORA = re.compile(r"lora_(A|B|up|down)\b|\.lora\.(up|down)\.|\.diff(_b|_m)?$")
+_LORA = re.compile(r"lora_(A|B|up|down)\b|[._]lora\.(up|down)\.|\.diff(_b|_m)?$|\.lokr_|\.hada_")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,19 @@ def identify(checkpoint: Checkpoint) -> list[Detected]:
     rank = _lora_rank(checkpoint.tensors)
     if rank is not None:
         title = f"LoRA of rank {rank}" if rank else "LoRA"
-        return [Detected("lora", title, checkpoint.path, checkpoint.container)]
+        infos = checkpoint.tensors.values()
+        return [
+            Detected(
+                "lora",
+                title,
+                checkpoint.path,
+                checkpoint.container,
+                precision=_precision(infos, checkpoint.tensors),
+                num_params=sum(info.numel for info in infos),
+                num_bytes=sum(info.num_bytes for info in infos),
+                note=LoraFile(checkpoint).summary,
+            )
+        ]
     some = ", ".join(list(checkpoint.tensors)[:3])
     note = f"{len(checkpoint.tensors)} tensors: {some} ..."
     return [Detected("unknown", "no Wan model", checkpoint.path, checkpoint.container, note=note)]

@@ -8,7 +8,7 @@ and shape by shape, and only then filled.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -51,12 +51,15 @@ def load_component(
     check: bool = True,
     progress: Progress | None = None,
     placement: Placement | None = None,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
     With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
-    token tables stay in their file. Raises FormatError.
+    token tables stay in their file; the module's `stream` is then their WeightStream. `changes` by
+    name: a weight is read in fp32, changed on the device and rounded once; with a placement that
+    streams there are none. Raises FormatError.
     Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
     device = torch.device(device)
@@ -68,12 +71,16 @@ def load_component(
         stream = WeightStream(
             module, module.visits(), placement, device, weights.dtype_of, weights.read
         )
+        assert not changes, f"{placement=}"
     done = 0
     for name in weights.sources:
         if placement is not None and weights.is_large_table(name):
             _replace_table(module, name, weights, device)
         elif stream is None or stream.waits_in_memory(name) or not stream.streams(name):
-            tensor = weights.read(name)
+            if changes and name in changes:
+                tensor = weights.read_changed(name, changes[name], device)
+            else:
+                tensor = weights.read(name)
             if stream is not None and stream.streams(name):
                 stream.hold(name, tensor)
             else:
@@ -109,10 +116,18 @@ class _Weights:
         return torch.float32 if self._fp32.search(name) else self._dtype
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, self.dtype_of(name))
+
+    def read_changed(
+        self, name: str, change: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        return change(self._read(name, torch.float32).to(device)).to(self.dtype_of(name))
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         source = self.sources[name]
         shape = shape_of(source, self.checkpoint.tensors)
         with self._lock:
-            tensor = _read(self._reader, source, shape, self.dtype_of(name))
+            tensor = _read(self._reader, source, shape, dtype)
         if name in self._unchecked:
             _check_finite(self.checkpoint, source, tensor)
             self._unchecked.remove(name)

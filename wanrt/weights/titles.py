@@ -8,7 +8,7 @@ from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2, ClipSpec, DitSpec, Task
 from wanrt.weights.specs import Spec
 
 # "high_noise_model", "Wan2_2-T2V-A14B-LOW_fp8"
-_EXPERT = re.compile(r"(high|low)[-_]?noise|(?:2[._]2|a14b).*[-_](high|low)(?=[-_.])")
+_EXPERT = re.compile(r"(high|low)[-_]?noise|(?:2[._]2|wan22|a14b).*[-_](high|low)(?=[-_.])")
 
 
 def dit_task(spec: DitSpec) -> Task:
