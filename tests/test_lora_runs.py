@@ -65,7 +65,7 @@ def merged(name: str, loras: list[Lora], zoo: Any, dtype: torch.dtype = torch.fl
 
 
 def adapted(module: nn.Module, name: str, zoo: Any) -> Callable[[list[Lora]], None]:
-    shelf, adapter = Shelf(zoo.specs[name]), Adapter(module, getattr(module, "weight_stream", None), CPU)
+    shelf, adapter = Shelf(zoo.specs[name]), Adapter(module, CPU)
     return lambda loras: adapter.put_on(shelf.uses(loras, "high"))
 
 

@@ -30,10 +30,9 @@ class Adapter:
     changed in the ring's buffer, at every visit.
     """
 
-    def __init__(
-        self, module: nn.Module, stream: WeightStream | None, device: torch.device
-    ) -> None:
-        self._module, self._stream, self._device = module, stream, device
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module, self._device = module, device
+        self._stream: WeightStream | None = getattr(module, "weight_stream", None)
         self._uses: tuple[Use, ...] = ()
         self._branches: list[_Branched] = []
         self._differences: dict[str, list[_Difference]] = {}

@@ -118,7 +118,7 @@ class Components:
         if name not in self._loaded:
             changes = {} if streams else self.shelf.merges(own)
             module = self._get(name, "dit", self.dtypes.dit, changes)
-            self._adapters[name] = Adapter(module, getattr(module, "weight_stream", None), self.device)
+            self._adapters[name] = Adapter(module, self.device)
         asked = self.shelf.uses(loras, expert)
         self._adapters[name].put_on((*own, *asked) if streams else asked)
         return self._loaded[name]
