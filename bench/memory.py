@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import BudgetError
-from wanrt.memory.budget import GIB
-from wanrt.memory.placement import TEXT_ROWS, Ask
+from wanrt.memory.budget import GIB, gib
+from wanrt.memory.placement import TEXT_ROWS, TYPICAL, Ask
 from wanrt.memory.plan import Plan, make_plan, smallest_budget
 
 BUDGETS = (8, 10, 12, 16)  # GiB
@@ -72,7 +72,7 @@ def markdown() -> str:
     head = ["model", "size", "precision", "least", *(f"{budget} GiB" for budget in BUDGETS)]
     lines = [
         f"{NUM_FRAMES} frames, both texts, {TEXT_ROWS} tokens of text, {RAM // GIB} GiB of host "
-        "memory; predicted, 0.5 GiB of each peak for the process itself.",
+        f"memory; predicted, {gib(TYPICAL.fixed)} of each peak for what is no tensor.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
