@@ -1,5 +1,6 @@
-"""Limits that kernels keep and that memory plans count on; imports nothing."""
+"""Limits that kernels and models keep and that memory plans count on; imports nothing."""
 
+FEED_FORWARD_ROWS = 8192  # tokens at once; enough for a matrix product to keep any card busy
 ATTENTION_AT_ONCE = 256 << 20  # bytes; some heads of a long video keep every card busy
 
 

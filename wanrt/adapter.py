@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.loras import Use
-from wanrt.memory.offload import WeightStream
+from wanrt.memory.offload import WeightStream, assign
 from wanrt.models.lora import LowRankBranch
 
 
@@ -84,7 +84,7 @@ class Adapter:
             if name not in self._base:
                 self._base[name] = self._module.get_parameter(name).data
             base = self._base[name]
-            _assign(self._module, name, (base.float() + delta).to(base.dtype))
+            assign(self._module, name, (base.float() + delta).to(base.dtype))
         if self._stream is not None:
             self._stream.change(streamed)
 
@@ -95,12 +95,7 @@ class Adapter:
                 if hasattr(owner, "branch"):
                     owner.branch = None
         for name, base in self._base.items():
-            _assign(self._module, name, base)
+            assign(self._module, name, base)
         if self._stream is not None:
             self._stream.change({})
         self._branches, self._differences, self._base, self._uses = [], {}, {}, ()
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -173,9 +173,7 @@ def generate(
         )
         configs = [GenerateConfig(job.prompt, seed=job.seed, **settings) for job in jobs]
         requests = [pipe.check(config) for config in configs]
-        settled, inputs = prepare_inputs(
-            configs[0], requests[0], pipe.spec
-        )  # the same for all jobs
+        settled, inputs = prepare_inputs(configs[0], requests[0], pipe.spec)  # alike for all jobs
         for job in jobs:
             check_output(job.out, overwrite, settled.num_frames)
         plan = pipe.plan(settled, refs=len(inputs.refs))

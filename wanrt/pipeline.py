@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanrt import sampler
 from wanrt.components import Components, Report, choose_device, open_parts
@@ -332,7 +332,10 @@ class Pipeline:
 
         def next_pixels() -> np.ndarray:
             nonlocal chunks
-            chunks = chunks or self._decoded(run, latents, skip=done)
+            if chunks is None:
+                with run.timed("load"):
+                    vae = self.components.vae()
+                chunks = self._decoded(vae, latents, skip=done)
             with run.timed("decode"):
                 return to_uint8(next(chunks)[0], nearest=nearest).cpu().numpy()
 
@@ -348,10 +351,8 @@ class Pipeline:
         let_go()
         self.components.release("vae")
 
-    def _decoded(self, run: Run, latents: Tensor, skip: int) -> Iterator[Tensor]:
+    def _decoded(self, vae: nn.Module, latents: Tensor, skip: int) -> Iterator[Tensor]:
         """Pixels `[1, 3, F, H, W]` of every latent frame but the first `skip`."""
-        with run.timed("load"):
-            vae = self.components.vae()
         plan = self.components.plan
         work = VaeWork(chunk=1) if plan is None else plan.work("decode")
         chunks = vae.decode_chunks(latents.to(self.components.device), work=work)

@@ -8,8 +8,8 @@ is read off `wanrt/models/dit.py` (Block.forward), and traced at real sizes by t
 from dataclasses import dataclass
 
 from wanrt.config import DitSpec, WanSpec
+from wanrt.kernels.limits import FEED_FORWARD_ROWS
 
-FFN_ROWS = 8192  # tokens that go through a feed-forward at once, FeedForward.ROWS
 _FP32 = 4
 
 
@@ -175,7 +175,7 @@ def _project(n: int, element: int, levels: bool, fused: bool) -> int:
 
 def _feed_forward(spec: DitSpec, tokens: Tokens, element: int, fused: bool) -> int:
     n = tokens.length * spec.dim
-    rows = min(FFN_ROWS, tokens.length)
+    rows = min(FEED_FORWARD_ROWS, tokens.length)
     parts = rows * (spec.ffn_dim + (spec.dim if rows < tokens.length else 0)) * element
     inside = 2 * element * n + parts
     return max(inside, _normalised(n, element, tokens.levels, fused))

@@ -184,7 +184,7 @@ class WeightStream:
             weight = place.view(coming.slot.buffer)
             if name in self._added:
                 weight.add_(self._added[name])
-            _assign(self.module, name, weight)
+            assign(self.module, name, weight)
         self._now = (key, coming.slot)
         following = key
         while self._free and (following := self._next.get(following)) not in (None, key):
@@ -195,7 +195,7 @@ class WeightStream:
             return
         key, slot = self._now
         for name, place in self._stops[key].places.items():
-            _assign(self.module, name, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+            assign(self.module, name, torch.empty(place.shape, dtype=place.dtype, device="meta"))
         if self._copies is not None:
             slot.free = torch.cuda.current_stream(self.device).record_event()
         self._free.append(slot)
@@ -300,6 +300,7 @@ def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
     return torch.from_numpy(memory)
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a weight in its place, whatever is there now."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

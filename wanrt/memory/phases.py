@@ -35,10 +35,10 @@ from wanrt.memory.text_bytes import (
 )
 from wanrt.memory.vae_bytes import decode_bytes, encode_bytes
 from wanrt.memory.vae_costs import decode_operations, vae_weights
+from wanrt.vae_shapes import decoder_bands
 
 _LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
 _SINGLE_FRAMES = 1.02  # time of four frames one by one, relative to together; assumed
-HALO = 13  # latent rows that a band computes beyond its own at an inner edge
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,10 @@ def _vae_option(
         "encode": 3 * ask.num_frames * ask.width * ask.height,
         "decode": vae.z_dim * chunks * rows * columns,
     }[name]
-    repeated = min(1 + 2 * HALO / work.band, rows / work.band) if work.band else 1.0
+    given_rows = (
+        band.given.stop - band.given.start for band in decoder_bands(vae, rows, work.band)
+    )
+    repeated = sum(given_rows) / rows  # every row once, and the halos
     seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
     if work.host:
         kept = replace(work, host=False)

@@ -7,6 +7,7 @@ would. Times are estimates; they only choose between placements.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from wanrt.config import VaeWork, WanSpec
 from wanrt.errors import BudgetError
@@ -87,6 +88,7 @@ class _Question:
     ram: int | None
     machine: Machine
 
+    @cached_property
     def phases(self) -> dict[str, list[Option]]:
         """The phases of the request in their order, each with every way to run it."""
         spec, ask, machine = self.spec, self.ask, self.machine
@@ -108,7 +110,7 @@ class _Question:
         """Of each phase the fastest option that fits; else the name of the first without one."""
         room = math.inf if budget is None else budget - self.machine.fixed
         chosen = {}
-        for name, options in self.phases().items():
+        for name, options in self.phases.items():
             fitting = [option for option in options if option.phase.peak <= room]
             if not fitting:
                 return name
@@ -117,7 +119,7 @@ class _Question:
 
     def least(self) -> int:
         """Bytes below which nothing is left to stream, cut or chunk."""
-        leasts = (min(o.phase.peak for o in options) for options in self.phases().values())
+        leasts = (min(o.phase.peak for o in options) for options in self.phases.values())
         return self.machine.fixed + max(leasts)
 
 
@@ -163,7 +165,7 @@ def step_down(spec: WanSpec, plan: Plan, phase: str) -> Plan:
         return replace(plan, keep=False)
     now = plan.options[phase].phase.peak
     question = _Question(spec, plan.ask, plan.precision, plan.ram, plan.machine)
-    less = [option for option in question.phases()[phase] if option.phase.peak < now]
+    less = [option for option in question.phases[phase] if option.phase.peak < now]
     if not less:
         raise BudgetError(
             f"memory ran out ({phase}), which holds {gib(plan.fixed + now)} and cannot do with "

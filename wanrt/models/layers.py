@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wanrt import env
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
+from wanrt.kernels.limits import FEED_FORWARD_ROWS
 from wanrt.kernels.target import UnsupportedOp
 from wanrt.models.lora import LowRankBranch
 
@@ -141,10 +142,8 @@ class Gelu(nn.Module):
 class FeedForward(nn.Sequential):
     """Linear, GELU, Linear: the hidden activations stay in the weights' dtype.
 
-    Long sequences go through in parts of `ROWS` tokens, so that what is hidden stays small.
+    Long sequences go through in parts, so that what is hidden stays small.
     """
-
-    ROWS = 8192  # enough for a matrix product to keep any card busy
 
     def __init__(
         self, dim: int, hidden_dim: int, out_dim: int | None = None, ops: Ops = TORCH
@@ -154,10 +153,12 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L, out]."""
-        if x.shape[1] <= self.ROWS or torch.is_grad_enabled():
+        if x.shape[1] <= FEED_FORWARD_ROWS or torch.is_grad_enabled():
             return super().forward(x)
         y = x.new_empty(*x.shape[:2], self[2].out_features, dtype=self[2].weight.dtype)
-        for source, target in zip(x.split(self.ROWS, 1), y.split(self.ROWS, 1), strict=True):
+        for source, target in zip(
+            x.split(FEED_FORWARD_ROWS, 1), y.split(FEED_FORWARD_ROWS, 1), strict=True
+        ):
             target.copy_(super().forward(source))
         return y
 

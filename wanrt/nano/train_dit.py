@@ -30,7 +30,7 @@ from wanrt.weights.load import load_component
 WEIGHTS = Path(__file__).parent / "weights"
 SPAN, SHARD, TEXT_ROWS = 33, 100, 32
 CAPTION_DROPOUT, EMA_DECAY, LEARNING_RATE = 0.1, 0.999, 1e-3
-CURVED = ("bouncing", "moving in a circle")  # the motions that are hardest to learn
+HARD_MOTIONS, HARD_SHAPES = ("bouncing", "moving in a circle"), ("star", "ring")  # to learn
 TRAIN_SHIFT = NANO.defaults.flow_shift
 
 
@@ -76,8 +76,11 @@ class Latents:
     scenes: list[Scene]
 
     def pick(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Indices of clips, curved motions twice as often as their share."""
-        weights = np.array([1.0 + (scene.motion in CURVED) for scene in self.scenes])
+        """Indices of clips; what is hard to learn comes two or three times as often."""
+        weights = np.array([
+            1.0 + (scene.motion in HARD_MOTIONS) + (scene.shape in HARD_SHAPES)
+            for scene in self.scenes
+        ])  # fmt: skip
         return rng.choice(len(weights), count, p=weights / weights.sum())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.errors import FormatError
-from wanrt.memory.offload import WeightStream
+from wanrt.memory.offload import WeightStream, assign
 from wanrt.memory.placement import Placement
 from wanrt.models.layers import choose
 from wanrt.weights.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ def load_component(
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
     With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
-    token tables stay in their file; the module's `stream` is then their WeightStream. `changes` by
+    token tables stay in their file; its `weight_stream` is then their WeightStream. `changes` by
     name: a weight is read in fp32, changed on the device and rounded once; with a placement that
     streams there are none. Raises FormatError.
     Peak: the model and 8 MiB; on a device, one tensor on the CPU.
@@ -84,7 +84,7 @@ def load_component(
             if stream is not None and stream.streams(name):
                 stream.hold(name, tensor)
             else:
-                _assign(module, name, _place(tensor, kind, device))
+                assign(module, name, _place(tensor, kind, device))
         done += weights.num_bytes(name)
         if progress:
             progress(done, weights.total)
@@ -140,8 +140,9 @@ class _Weights:
     def rows(self, name: str, ids: list[int]) -> Tensor:
         """Some rows of a table, in this order."""
         stored = self.sources[name].stored[0]
-        pieces = [self._reader.read(stored, self.dtype_of(name), range(i, i + 1)) for i in ids]
-        return torch.cat(pieces)
+        with self._lock:
+            rows = [self._reader.read(stored, self.dtype_of(name), range(i, i + 1)) for i in ids]
+        return torch.cat(rows)
 
 
 class FileEmbedding(nn.Module):
@@ -248,11 +249,6 @@ def _place(tensor: Tensor, kind: Kind, device: torch.device) -> Tensor:
         return tensor
     last = torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
     return tensor.contiguous(memory_format=last)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _is_unused(name: str, found: Detected) -> bool:
