@@ -41,6 +41,7 @@ LINES = {
             "wanrt.weights.load",
             "wanrt.weights.configs",
             "wanrt.weights.layouts",
+            "wanrt.weights.quantize",
             "wanrt.weights.random",
             "wanrt.engine",
         ),
@@ -68,6 +69,7 @@ LINES = {
             "wanrt.integrations",
             "wanrt.cli",
             "wanrt.cli_plan",
+            "wanrt.cli_quantize",
             "wanrt.cli_tools",
             "wanrt.progress",
             "wanrt.bench",
@@ -78,7 +80,12 @@ LINES = {
     ),
 }
 # Models reach the ops through their layers.
-OPS_GATES = ("wanrt.models.layers", "wanrt.models.vae_layers")
+OPS_GATES = (
+    "wanrt.models.layers",
+    "wanrt.models.quantized",
+    "wanrt.models.eight_bit",
+    "wanrt.models.vae_layers",
+)
 
 EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
@@ -91,6 +98,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     },
     "typer": {
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
+        "wanrt/cli_quantize.py": "likewise",
         "wanrt/cli_tools.py": "the verbs beside `generate`, too long for one file",
     },
 }

@@ -106,7 +106,7 @@ class Pipeline:
         budgets = Budgets.parse(vram, ram)
         path = resolve_model(model, offline=offline)
         parts = find_parts(path, text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise)
-        name = f"{model} {path}"
+        name = f"{model} {path} {parts.dit}"
         components = open_parts(parts, name, precision, choose_device(device), check, report)
         components.loras = parse_loras(loras)
         components.shelf.check(components.loras)

@@ -33,6 +33,8 @@ FORMATS = {
     "fp16": Format("fp16", 2, 2),
     "fp8": Format("fp8", 1, 2),
     "int8": Format("int8", 1, 2),
+    "fp8/fp32": Format("fp8/fp32", 1, 4),  # small models keep the rest in fp32
+    "int8/fp32": Format("int8/fp32", 1, 4),
 }
 
 

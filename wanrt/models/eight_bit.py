@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanrt.kernels.reference import GROUP
 from wanrt.models.dit import Block
 from wanrt.models.layers import Linear, choose
 from wanrt.models.quantized import EightBitOps, Products, QuantizedLinear, Quantizers
@@ -29,9 +30,33 @@ _ATTENTION = {"attention_int8": AttentionInt8, "attention_int8_fp8": AttentionIn
 
 
 def policy_formats(dit: nn.Module, precision: EightBit) -> dict[str, LinearFormat]:
-    """Of each product that the policy changes, by the name of its module."""
-    named = ((name, format_of(name, precision)) for name, _ in linears(dit))
-    return {name: form for name, form in named if form is not None}
+    """Of each weight that the policy changes, by its name.
+
+    One whose rows do not divide into groups of 128 stays as it is; no released model has any.
+    """
+    named = ((name, format_of(name, precision), linear) for name, linear in linears(dit))
+    return {
+        f"{name}.weight": form
+        for name, form, linear in named
+        if form is not None and linear.in_features % GROUP == 0
+    }
+
+
+def make_eight_bit(
+    dit: nn.Module,
+    formats: Mapping[str, LinearFormat],
+    precision: EightBit,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give an empty transformer eight-bit products, by weight, and eight-bit attention.
+
+    `device` is where it will run, `dtype` what its other products have. Raises UsageError where no
+    backend can do it.
+    """
+    named = {weight.removesuffix(".weight"): form for weight, form in formats.items()}
+    quantize_linears(dit, named, device, dtype)
+    quantize_attention(dit, precision, device, dtype)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, Linear]]:

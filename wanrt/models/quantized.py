@@ -61,6 +61,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.form, self.dtype, self.ops, self.safe = form, dtype, ops, False
         self.branch: LowRankBranch | None = None
+        self.difference: Tensor | None = None  # added to the weight, [O, I] in `dtype`
         weight = torch.empty(out_features, in_features, dtype=form.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         scale = torch.empty(out_features, 1, dtype=torch.float32)
@@ -75,7 +76,8 @@ class QuantizedLinear(nn.Module):
     @property
     def input_form(self) -> LinearFormat | None:
         """What the op before may make of its result; None: a LoRA wants it as it is, too."""
-        return self.form if self.multiplies and self.branch is None else None
+        alone = self.branch is None and self.difference is None
+        return self.form if self.multiplies and alone else None
 
     @property
     def quantized(self) -> Quantized:
@@ -89,6 +91,8 @@ class QuantizedLinear(nn.Module):
             y = self.ops.multiply.linear_quantized(taken, self.quantized, self.bias, self.dtype)
         else:
             y = F.linear(x.to(self.dtype), self._widened(), self.bias)
+        if self.difference is not None:
+            y = y + F.linear(x.to(self.dtype), self.difference)
         return y if self.branch is None else self.branch.add_to(y, x)
 
     def gelu(self, x: Tensor | Quantized, form: LinearFormat | None) -> Tensor | Quantized:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_ARCH_FP8 = 89  # compute capability times ten: Ada, Hopper, Blackwell
-
 
 @dataclass(frozen=True)
 class LinearFormat:
