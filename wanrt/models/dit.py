@@ -128,14 +128,14 @@ class Block(nn.Module):
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
         ops, row = self.ops, Modulation(self.modulation + time.e0, time.level).row
         q, k, v = self.self_attn.project(
-            modulated(x, row(1), row(0), self.eps, self.self_attn.inputs, ops), freqs
+            modulated(x, row, 0, self.eps, self.self_attn.inputs, ops), freqs
         )
         y = self.attend(q, k, v)
         del q, k, v  # at real sizes these are gigabytes: each goes as soon as it was used
         x = self.self_attn.add_to(x, y, row(2))
         del y
         x = self.cross_attn.add_to(x, self.norm3, kv, key_bias)
-        y = modulated(x, row(4), row(3), self.eps, (self.ffn[0],), ops)
+        y = modulated(x, row, 3, self.eps, (self.ffn[0],), ops)
         return self.ffn.add_to(x, y, row(5), ops)
 
 

@@ -101,14 +101,22 @@ Product = Linear | QuantizedLinear
 
 
 def modulated(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, products: Sequence[Product], ops: Ops
+    x: Tensor,
+    row: Callable[[int], Tensor],
+    i: int,
+    eps: float,
+    products: Sequence[Product],
+    ops: Ops,
 ) -> Tensor | Quantized:
-    """LN(x) * (1 + scale) + shift, in the form that all these products take."""
+    """LN(x) * (1 + row(i + 1)) + row(i), in the form that all these products take.
+
+    The rows may be as large as x: nothing here holds them while the op works.
+    """
     first, form = products[0], products[0].input_form
     if form is None or any(product.input_form != form for product in products):
-        return ops.layer_norm_modulate(x, scale, shift, eps, first.dtype)
+        return ops.layer_norm_modulate(x, row(i + 1), row(i), eps, first.dtype)
     make = first.ops.make.layer_norm_modulate_quantize
-    return make(x, scale, shift, eps, form.dtype, form.rotated)
+    return make(x, row(i + 1), row(i), eps, form.dtype, form.rotated)
 
 
 def normalised(x: Tensor, norm: "LayerNorm", product: Product) -> Tensor | Quantized:
