@@ -59,6 +59,7 @@ LINES = {
             "wanrt.planning",
             "wanrt.request",
             "wanrt.tasks",
+            "wanrt.watch",
             "wanrt.nano",
         ),
         _ranks(*range(1, 9)),
