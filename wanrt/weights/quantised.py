@@ -2,6 +2,7 @@
 
 `X.weight` times `X.scale_weight` (ComfyUI fp8_scaled) or `X.weight_scale` (newer ComfyUI,
 LightX2V), one number for the matrix or one per output row. Without a scale, fp8 stands for itself.
+Blocks of GGUF files hold their own scales (`wanrt/quant/gguf_blocks.py`).
 Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/convert`.
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import FormatError
+from wanrt.quant.gguf_blocks import unpack_into
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.writer import Piece
 
@@ -47,8 +49,8 @@ class PlainReader:
         A product with a scale is made in fp32.
         """
         info = self._checkpoint.tensors[name]
-        scale = _scale(self._checkpoint, name)
-        if (scale is None and info.dtype == dtype) or not info.shape:
+        scale = _scale(self._checkpoint, name) if info.packing is None else None
+        if info.packing is None and ((scale is None and info.dtype == dtype) or not info.shape):
             return self._checkpoint.read(name, rows).to(dtype)
         wanted = range(info.shape[0]) if rows is None else rows
         plain = torch.empty(len(wanted), *info.shape[1:], dtype=dtype)
@@ -56,9 +58,14 @@ class PlainReader:
         for start in range(wanted.start, wanted.stop, step):
             part = range(start, min(start + step, wanted.stop))
             piece = self._checkpoint.read(name, part, self._stored)
-            if scale is not None:
-                piece = self._times(piece, scale if len(scale) == 1 else scale[start : part.stop])
-            plain[start - wanted.start : part.stop - wanted.start] = piece
+            target = plain[start - wanted.start : part.stop - wanted.start]
+            if info.packing is not None:
+                unpack_into(target, piece, info.packing)
+            elif scale is not None:
+                rows_scale = scale if len(scale) == 1 else scale[start : part.stop]
+                target.copy_(self._times(piece, rows_scale))
+            else:
+                target.copy_(piece)
         return plain
 
     def _times(self, piece: Tensor, scale: Tensor) -> Tensor:
