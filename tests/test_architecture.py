@@ -40,6 +40,7 @@ LINES = {
         (
             "wanrt.weights.load",
             "wanrt.weights.configs",
+            "wanrt.weights.gguf_vocabulary",
             "wanrt.weights.layouts",
             "wanrt.weights.random",
             "wanrt.engine",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wanrt.loras import Use
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.packed import PackedLinear
 
 
 class _Branched(NamedTuple):
@@ -27,7 +28,7 @@ class Adapter:
     """Side branches beside the matrices, and weights replaced by base + difference.
 
     Base weights that lie on the device are kept while they are replaced; those that stream are
-    changed in the ring's buffer, at every visit.
+    changed in the ring's buffer, at every visit; packed ones whenever they are unpacked.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -56,14 +57,14 @@ class Adapter:
         """Attach nothing before everything is read: a broken file leaves the model as it was."""
         branches, differences = {}, {}
         for name in dict.fromkeys(name for use in uses for name in use.fit.names):
-            weight = self._module.get_parameter(name)
+            shape, dtype = self._plain(name)
             parts, own = [], []
             for i, use in enumerate(uses):
                 if name not in use.fit.names:
                     continue
-                change = use.read(name, tuple(weight.shape))
+                change = use.read(name, shape)
                 if change.low_rank is not None:
-                    parts.append([p.to(self._device, weight.dtype) for p in change.low_rank])
+                    parts.append([p.to(self._device, dtype) for p in change.low_rank])
                     own.append(i)
                 if change.diff is not None:
                     values = change.diff.to(self._device)
@@ -78,6 +79,9 @@ class Adapter:
         streamed = {}
         for name, parts in self._differences.items():
             delta = sum(part.values * strengths[part.use] for part in parts)
+            if (packed := self._packed(name)) is not None:
+                packed.difference = delta
+                continue
             if self._stream is not None and self._stream.streams(name):
                 streamed[name] = delta
                 continue
@@ -88,12 +92,27 @@ class Adapter:
         if self._stream is not None:
             self._stream.change(streamed)
 
+    def _packed(self, name: str) -> PackedLinear | None:
+        """The layer of a weight that stays packed."""
+        owner, _, leaf = name.rpartition(".")
+        layer = self._module.get_submodule(owner)
+        return layer if leaf == "weight" and isinstance(layer, PackedLinear) else None
+
+    def _plain(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that a weight has in its product."""
+        if (packed := self._packed(name)) is not None:
+            return (packed.out_features, packed.in_features), packed.dtype
+        weight = self._module.get_parameter(name)
+        return tuple(weight.shape), weight.dtype
+
     def _take_off(self) -> None:
         for use in self._uses:
             for name in use.fit.names:
                 owner = self._module.get_submodule(name.rpartition(".")[0])
                 if hasattr(owner, "branch"):
                     owner.branch = None
+                if isinstance(owner, PackedLinear):
+                    owner.difference = None
         for name, base in self._base.items():
             assign(self._module, name, base)
         if self._stream is not None:

@@ -124,7 +124,7 @@ class Block(nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
-        dtype, ops = self.ffn[0].weight.dtype, self.ops
+        dtype, ops = self.ffn[0].dtype, self.ops
         row = Modulation(self.modulation + time.e0, time.level).row
         q, k, v = self.self_attn.project(
             ops.layer_norm_modulate(x, row(1), row(0), self.eps, dtype), freqs

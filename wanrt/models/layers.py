@@ -19,6 +19,7 @@ from wanrt.kernels import registry, torch_ops
 from wanrt.kernels.limits import FEED_FORWARD_ROWS
 from wanrt.kernels.target import UnsupportedOp
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.packed import held
 
 log = logging.getLogger("wanrt")
 
@@ -80,8 +81,13 @@ class Linear(nn.Linear):
 
     branch: LowRankBranch | None = None  # no parameter: it stays where it is when weights move
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the product."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
+        x = x.to(self.dtype)
         y = F.linear(x, self.weight, self.bias)
         return y if self.branch is None else self.branch.add_to(y, x)
 
@@ -155,11 +161,11 @@ class FeedForward(nn.Sequential):
         """x [B, L, D] -> [B, L, out]."""
         if x.shape[1] <= FEED_FORWARD_ROWS or torch.is_grad_enabled():
             return super().forward(x)
-        y = x.new_empty(*x.shape[:2], self[2].out_features, dtype=self[2].weight.dtype)
-        for source, target in zip(
-            x.split(FEED_FORWARD_ROWS, 1), y.split(FEED_FORWARD_ROWS, 1), strict=True
-        ):
-            target.copy_(super().forward(source))
+        y = x.new_empty(*x.shape[:2], self[2].out_features, dtype=self[2].dtype)
+        parts = zip(x.split(FEED_FORWARD_ROWS, 1), y.split(FEED_FORWARD_ROWS, 1), strict=True)
+        with held(self):
+            for source, target in parts:
+                target.copy_(super().forward(source))
         return y
 
 

@@ -21,7 +21,7 @@ MAX_HEADER = 32 * 2**20  # bytes; a umT5 file holds its vocabulary here, about 8
 MAX_SETTINGS = MAX_TENSORS + 1000  # some files have one per tensor
 MAX_NAME = 1024  # bytes; ggml itself stops at 64 or 128
 MAX_STRING = 2**20  # bytes
-MAX_ITEMS = 2**20  # of an array; umT5's vocabulary has 256384
+MAX_ITEMS = 2**19  # of an array; umT5's vocabulary has 256384
 MAX_ALIGNMENT = 2**16
 AGAIN = "download or copy the file again"
 

@@ -8,7 +8,7 @@ and shape by shape, and only then filled.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,8 @@ from wanrt.errors import FormatError
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.memory.placement import Placement
 from wanrt.models.layers import choose
+from wanrt.models.packed import packed
+from wanrt.quant.gguf_blocks import BlockFormat, unpack
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.detect import Detected, shape_of, translate
 from wanrt.weights.names import Kind, Source
@@ -52,6 +54,7 @@ def load_component(
     progress: Progress | None = None,
     placement: Placement | None = None,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    keep_packed: bool = False,
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
@@ -59,13 +62,17 @@ def load_component(
     With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
     token tables stay in their file; its `weight_stream` is then their WeightStream. `changes` by
     name: a weight is read in fp32, changed on the device and rounded once; with a placement that
-    streams there are none. Raises FormatError.
+    streams there are none. With `keep_packed` matrices that a GGUF file packs, and that do not
+    change, stay packed and are unpacked for each product (`models/packed.py`): the same results to
+    the bit. Raises FormatError.
     Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
     device = torch.device(device)
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
     weights = _Weights(module, found, dtype, check)
+    if keep_packed:
+        weights.keep_packed(module, frozenset(changes or ()), tables=placement is None)
     stream = None
     if placement is not None and placement.slots:
         stream = WeightStream(
@@ -105,6 +112,7 @@ class _Weights:
         self.total = sum(self.num_bytes(name) for name in self.sources)
         self._fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
         self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
+        self._packed: dict[str, BlockFormat] = {}
         self._unchecked = set(self.sources) if check else set()
         self._lock = Lock()  # a stream reads in its own thread
 
@@ -112,11 +120,40 @@ class _Weights:
         """As stored."""
         return sum(self.checkpoint.tensors[n].num_bytes for n in self.sources[name].stored)
 
+    def keep_packed(self, module: nn.Module, plain: Collection[str], tables: bool) -> None:
+        """From now on matrices come as they are stored, into layers that take them so.
+
+        plain: weights that shall not. `tables` false: nor shall large token tables.
+        """
+        for name, source in self.sources.items():
+            form, owner = self.checkpoint.tensors[source.stored[0]].packing, name.rpartition(".")[0]
+            if form is None or name in plain or len(source.stored) > 1:
+                continue
+            twin = packed(module.get_submodule(owner), form, self._plain_dtype(name))
+            if twin is not None and (tables or not self.is_large_table(name)):
+                module.set_submodule(owner, twin)
+                self._packed[name] = form
+
     def dtype_of(self, name: str) -> torch.dtype:
+        """As the module holds it; bytes where it is packed."""
+        return torch.uint8 if name in self._packed else self._plain_dtype(name)
+
+    def _plain_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if self._fp32.search(name) else self._dtype
 
     def read(self, name: str) -> Tensor:
+        if name in self._packed:
+            return self._read_packed(name)
         return self._read(name, self.dtype_of(name))
+
+    def _read_packed(self, name: str) -> Tensor:
+        source = self.sources[name]
+        tensor = self.checkpoint.read(source.stored[0])
+        if name in self._unchecked:
+            plain = unpack(tensor, self._packed[name], self._plain_dtype(name))
+            _check_finite(self.checkpoint, source, plain)
+            self._unchecked.remove(name)
+        return tensor
 
     def read_changed(
         self, name: str, change: Callable[[Tensor], Tensor], device: torch.device
