@@ -15,7 +15,7 @@ HALVES = {  # bytes at which a block of each format has its fp16 numbers
 }
 
 
-def random_blocks(name: str, num_blocks: int, seed: int, size: float = 1e-3) -> np.ndarray:
+def random_blocks(name: str, num_blocks: int, seed: int, size: float = 1e-4) -> np.ndarray:
     """uint8 [num_blocks, bytes]: random integers, fp16 numbers of about `size`."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (num_blocks, gguf.GGML_QUANT_SIZES[Type[name]][1]), np.uint8)
