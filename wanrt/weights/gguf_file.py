@@ -36,7 +36,7 @@ _SHAPE = "comfy.gguf.orig_shape."
 
 
 class GgufFile:
-    """One file: `tensors` in the order of their bytes, `metadata`, and `read`."""
+    """One file: `tensors` in the order of their bytes, where they `begin`, `metadata`, `read`."""
 
     container = "gguf"
 
@@ -48,10 +48,10 @@ class GgufFile:
         self.settings = header.settings
         self.metadata = {k: v for k, v in header.settings.items() if isinstance(v, str)}
         self.tensors: dict[str, TensorInfo] = {}
-        self._begin: dict[str, int] = {}
+        self.begin: dict[str, int] = {}
         for entry in sorted(header.entries, key=lambda entry: entry.offset):
             self.tensors[entry.name] = self._info(entry)
-            self._begin[entry.name] = header.data_start + entry.offset
+            self.begin[entry.name] = header.data_start + entry.offset
         self._check_ranges(header)
 
     def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class GgufFile:
 
         Packed ones come as they are stored: uint8 [rows, bytes of a row].
         """
-        info, begin = self.tensors[name], self._begin[name]
+        info, begin = self.tensors[name], self.begin[name]
         if rows is not None:
             begin += rows.start * (info.num_bytes // info.shape[0])
             info = replace(info, shape=(len(rows), *info.shape[1:]))
@@ -111,7 +111,7 @@ class GgufFile:
         """Tensors follow each other; between and behind them is less than the alignment."""
         position = header.data_start
         for name, info in self.tensors.items():
-            begin = self._begin[name]
+            begin = self.begin[name]
             if begin % header.alignment or not 0 <= begin - position < header.alignment:
                 fault = "overlaps" if begin < position else "is unaligned or follows a hole"
                 raise FormatError(self.path, f"tensor {name[:80]!r} {fault} at byte {begin}", AGAIN)
