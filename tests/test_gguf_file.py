@@ -255,6 +255,12 @@ def test_broken_files(name: str, path: Path) -> None:
     assert re.search(reason, said), said
 
 
+def test_a_folder_of_parts(path: Path) -> None:
+    path.with_name("a-00001-of-00002.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FormatError, match="holds the parts of a split GGUF file .join them with"):
+        Checkpoint.open(path.parent)
+
+
 def test_a_header_beyond_the_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_header, "MAX_HEADER", 1000)
     item = text(b"y" * 100)

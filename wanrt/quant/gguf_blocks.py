@@ -36,10 +36,10 @@ def unpack(packed: Tensor, form: BlockFormat, dtype: torch.dtype) -> Tensor:
 def unpack_into(plain: Tensor, packed: Tensor, form: BlockFormat) -> None:
     """`unpack` into contiguous memory that is there.
 
-    Peak: about 16 bytes for each number of a piece: 4 MiB on a CPU, 32 MiB elsewhere.
+    Peak: at most 16 bytes for each number of a piece: 4 MiB on a CPU, 16 MiB elsewhere.
     """
     assert packed.numel() * form.numel == plain.numel() * form.num_bytes, f"{form} {plain.shape=}"
-    piece = 2**18 if packed.device.type == "cpu" else 2**21
+    piece = 2**18 if packed.device.type == "cpu" else 2**20
     blocks = packed.view(-1, form.num_bytes).split(piece // form.numel)
     rows = plain.view(-1, form.numel).split(piece // form.numel)
     for some, numbers in zip(blocks, rows, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wanrt.errors import FormatError
-from wanrt.weights.gguf_file import GgufFile
+from wanrt.weights.gguf_file import JOIN, GgufFile
 from wanrt.weights.pickle_file import PickleFile
 from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorInfo, parse_json
 
@@ -83,7 +83,10 @@ def _only_set(folder: Path) -> Path:
         raise FormatError(
             folder, f"holds {len(found)} sets of weights: {names}", "name one of them"
         )
-    if any(_SHARD.search(p.name) for p in folder.iterdir()):
+    shards = [p for p in folder.iterdir() if _SHARD.search(p.name)]
+    if any(p.suffix == ".gguf" for p in shards):
+        raise FormatError(folder, "holds the parts of a split GGUF file", JOIN)
+    if shards:
         raise FormatError(folder, "holds shards without their index", "add the .index.json file")
     raise FormatError(folder, "holds no weights", "expected .safetensors, an index, .gguf or .pth")
 

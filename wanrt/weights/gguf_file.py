@@ -31,6 +31,7 @@ _REFUSED = {
     **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M"},
     **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
 }
+JOIN = "join them with `llama-gguf-split --merge`"
 _REMEDY = "get the Q4_0 to Q8_0 or Q2_K to Q6_K file"
 _SHAPE = "comfy.gguf.orig_shape."
 
@@ -139,4 +140,4 @@ def _check_split(path: Path, header: Header) -> None:
     parts = header.settings.get("split.count", 1)
     if isinstance(parts, int) and parts > 1:
         reason = f"is one of {parts} parts of a split file"
-        raise FormatError(path, reason, "join them with `llama-gguf-split --merge`")
+        raise FormatError(path, reason, JOIN)
