@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import gguf
 import pytest
 import torch
 from conftest import TOKENIZER, lively
@@ -68,6 +68,17 @@ def llama(name: str) -> str:
         return f"{LLAMA[stem]}.weight"
     _, block, rest = stem.split(".", 2)
     return f"enc.blk.{block}.{LLAMA[rest]}.weight"
+
+
+def test_llama_cpp_has_these_names() -> None:
+    theirs = {
+        gguf.TENSOR_NAMES[one].replace("{bid}", "1")
+        for one in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.T5ENCODER]
+        if one != gguf.MODEL_TENSOR.OUTPUT  # an encoder has none
+    }
+    outside = ("token_embedding", "norm")
+    ours = {llama(stem if stem in outside else f"blocks.1.{stem}") for stem in LLAMA}
+    assert ours == {f"{name}.weight" for name in theirs}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +187,21 @@ def test_a_long_feed_forward_unpacks_once(
     with torch.inference_mode():
         assert torch.equal(feed_forward(x), plain(x))
     assert len(counts) == 2 and all(m._held is None for m in (feed_forward[0], feed_forward[2]))
+
+
+def test_packed_vectors_are_plain(spec: WanSpec, tmp_path: Path) -> None:
+    """No tool packs biases, but a file may have them so, also beside a plain matrix."""
+    shapes = {n: tuple(t.shape) for n, t in skeleton("dit", spec.dit).state_dict().items()}
+    values = {n: lively("dit", n, shape, torch.float32) for n, shape in shapes.items()}
+    held = write_gguf(
+        tmp_path / "a.gguf",
+        values,
+        lambda name, t: "Q8_0" if t.ndim == 1 and t.shape[0] % 32 == 0 else "F32",
+    )
+    loaded = load_component(tmp_path / "a.gguf", "dit", keep_packed=True)
+    assert not any(isinstance(m, PackedLinear) for m in loaded.modules())
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, held[name]), name
 
 
 def test_a_large_token_table_stays_in_its_file(
@@ -378,7 +404,7 @@ def test_the_whole_model(
 ) -> None:
     """Text encoder and transformer from GGUF files, with the tokenizer of the first."""
 
-    def latents(folder: Path) -> np.ndarray:
+    def latents(folder: Path) -> Tensor:
         pipe = Pipeline.load(str(folder), precision=precision)
         return pipe.generate("a red circle moving right", output="latents", **SMALL)
 

@@ -176,6 +176,27 @@ def test_a_file_that_can_be_read_again_is_read_again(
         assert torch.equal(ours, theirs)
 
 
+def test_what_failed_ahead_of_time_is_read_again(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third reading of block 0 is for a step that may come: its failure is nobody's yet."""
+    read, name, times = contents.Weights.read, "blocks.0.ffn.0.weight", []
+
+    def once_not(self: Any, asked: str, *rest: Any) -> Tensor:
+        if asked == name:
+            times.append(asked)
+            if len(times) == 3:
+                raise OSError("the disk was pulled")
+        return read(self, asked, *rest)
+
+    monkeypatch.setattr(contents.Weights, "read", once_not)
+    where = placement_of(NANO.dit.num_layers, 0, 2, 0)
+    dit = load_component(zoo.path("nano"), "dit", placement=where)
+    expected = run(dit, NANO, together=True)
+    errors = [coming.done.exception() for coming in dit.weight_stream._coming.values()]
+    assert any(isinstance(error, OSError) for error in errors)
+    for ours, theirs in zip(run(dit, NANO, together=True), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_part_that_is_let_go_is_gone(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even while the worker still reads for a step that does not come."""
     read = contents.Weights.read

@@ -171,6 +171,8 @@ class WeightStream:
         if self._now is not None and self._now[0] == key:
             return
         self._leave()
+        if key in self._coming and self._coming[key].done.exception() is not None:
+            self._free.append(self._coming.pop(key).slot)  # it failed ahead of time: once more, now
         if key not in self._coming:
             self._request(key, force=True)
         coming = self._coming.pop(key)

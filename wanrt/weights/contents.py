@@ -60,8 +60,9 @@ class Weights:
         plain: weights that shall not. `tables` false: nor shall large token tables.
         """
         for name, source in self.sources.items():
-            form, owner = self.checkpoint.tensors[source.stored[0]].packing, name.rpartition(".")[0]
-            if form is None or name in plain or len(source.stored) > 1:
+            owner, _, leaf = name.rpartition(".")
+            form = self.checkpoint.tensors[source.stored[0]].packing
+            if form is None or leaf != "weight" or name in plain or len(source.stored) > 1:
                 continue
             twin = packed(module.get_submodule(owner), form, self.plain_dtype(name))
             if twin is not None and (tables or not self.is_large_table(name)):
