@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
 
 os.environ["WANRT_CACHE"] = "off"  # tests leave nothing in the home of who runs them
 
+from wanrt import keys
 from wanrt.config import MODELS, NANO, ClipSpec, Umt5Spec, WanSpec
 from wanrt.media.image import load_image, save_png
 from wanrt.media.video import read_video, write_video
@@ -29,10 +31,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = NANO_WEIGHTS / "tokenizer.json"
 
 
+MARKS = Path(tempfile.gettempdir()) / f"wanrt-tests-{os.getpid()}"  # signing key and ledger
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    keys.init(MARKS / "keys")
+    os.environ["WANRT_KEYS"] = str(MARKS / "keys")
+    os.environ["WANRT_LEDGER"] = str(MARKS / "ledger.jsonl")
+    for variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        os.environ[variable] = str(MARKS / variable)
     # Small shapes lose time on many threads. OMP_NUM_THREADS can ask for fewer.
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     torch.backends.cudnn.allow_tf32 = False  # a reference in fp32 is fp32 on a GPU too
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(MARKS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ LINES = {
             "wanrt.integrations",
             "wanrt.cli",
             "wanrt.cli_plan",
+            "wanrt.cli_provenance",
             "wanrt.cli_tools",
             "wanrt.progress",
             "wanrt.bench",
@@ -83,6 +84,7 @@ OPS_GATES = ("wanrt.models.layers", "wanrt.models.vae_layers")
 EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
 SHARED_PACKAGES: dict[str, dict[str, str]] = {
+    "av": {"wanrt/media/sound.py": "copies packets; its home, video.py, codes pictures"},
     "PIL": {"wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws"},
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
@@ -91,6 +93,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     },
     "typer": {
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
+        "wanrt/cli_provenance.py": "the verbs about marks",
         "wanrt/cli_tools.py": "the verbs beside `generate`, too long for one file",
     },
 }
