@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,14 +28,12 @@ from wanrt.media.verification import verify
 from wanrt.media.video import probe_video, write_video
 
 C2PA_BOX = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")
-SIZE = (256, 256)
 
 
-def frames(count: int = 9, seed: int = 0) -> np.ndarray:
-    """uint8 `[n, 256, 256, 3]`: blurred noise that moves, which a watermark finds room in."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(40, 216, (count + 32, 32, 3), np.uint8)
-    wide = np.asarray(Image.fromarray(coarse).resize((256, (count + 32) * 8), 3))
+def frames(count: int = 9) -> np.ndarray:
+    """uint8 `[n, 256, 256, 3]`: clouds that drift, in which a watermark finds room."""
+    coarse = np.random.default_rng(0).integers(90, 166, (count + 8, 8, 3), np.uint8)
+    wide = np.asarray(Image.fromarray(coarse).resize((256, (count + 8) * 32), 3))
     return np.stack([wide[8 * i : 8 * i + 256] for i in range(count)])
 
 
@@ -90,17 +89,11 @@ def test_the_manifest_says_what_and_nothing_more(folder: Path) -> None:
 
 
 def test_trusted_with_our_root(folder: Path) -> None:
-    root = Path(keys_folder()) / "root.pem"
+    root = Path(os.environ["WANRT_KEYS"], "root.pem")
     settings = {"trust": {"trust_anchors": root.read_text()}, "verify": {"verify_trust": True}}
     reader = c2pa.Reader(str(folder / "a.mp4"), context=c2pa.Context.from_dict(settings))
     assert reader.get_validation_state() == "Trusted"
     assert verify(folder / "a.mp4", trust=root).layers.c2pa.state == "trusted"
-
-
-def keys_folder() -> str:
-    import os
-
-    return os.environ["WANRT_KEYS"]
 
 
 def test_a_stranger_finds_it_valid(folder: Path, tmp_path: Path) -> None:
@@ -148,24 +141,24 @@ def test_a_change_is_noticed(what: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_bits_of_the_manifest(folder: Path, tmp_path: Path) -> None:
-    """One bit in 40 places of the manifest box, without the zeros at its end: always noticed.
+    """One bit in 60 places of the manifest: noticed, or it says the same as before.
 
-    A damaged label can make the manifest vanish.
+    The latter are lengths and flags of boxes that readers pass over, and the zeros at its end. A
+    damaged label makes the manifest vanish.
     """
     data = (folder / "a.mp4").read_bytes()
-    start = data.index(C2PA_BOX)
-    size = int.from_bytes(data[start - 8 : start - 4], "big")
-    size = len(data[start : start + size - 8].rstrip(b"\0"))
-    states = []
-    for offset in range(40, size, size // 40):
+    root = Path(os.environ["WANRT_KEYS"], "root.pem").read_text()
+    whole = provenance.read(folder / "a.mp4", root)
+    start, end = data.index(C2PA_BOX), data.index(b"cpadY")  # of the signature's padding
+    path, states = tmp_path / "a.mp4", []
+    for place in range(start + 40, end, (end - start) // 60):
         changed = bytearray(data)
-        changed[start + offset] ^= 1
-        path = tmp_path / "a.mp4"
+        changed[place] ^= 1
         path.write_bytes(changed)
-        found = provenance.read(path, (Path(keys_folder()) / "root.pem").read_text())
-        assert found.state in ("invalid", "missing"), (offset, found)
+        found = provenance.read(path, root)
+        assert found.state in ("invalid", "missing") or found == whole, (place - start, found)
         states.append(found.state)
-    assert states.count("invalid") > 30
+    assert states.count("invalid") > 50
 
 
 def remux(source: Path, target: Path) -> Path:
@@ -190,7 +183,7 @@ def test_a_remux_keeps_the_watermark_alone(suffix: str, folder: Path, tmp_path: 
 
 def test_a_manifest_of_another_clip_contradicts(folder: Path, tmp_path: Path) -> None:
     """Frames with one watermark, signed (by somebody who may) as if they had another."""
-    key = keys.load(Path(keys_folder()))
+    key = keys.load(Path(os.environ["WANRT_KEYS"]))
     source = remux(folder / "a.mp4", tmp_path / "copy.mp4")
     statement = provenance.Statement(Origin(), "0", (watermark.NAME, "00000000"))
     provenance.sign(source, tmp_path / "lie.mp4", statement, key)

@@ -80,7 +80,7 @@ REQUIRED = Marking()
 class Saved:
     """A result as it was written, and as it stands in the ledger.
 
-    watermark: eight hex digits, None where the frames do not carry one. manifest: the C2PA
+    watermark: eight hex digits, None where the frames may not carry one. manifest: the C2PA
     manifest's label, None where there is none. missing: the steps that failed, with reasons;
     only "best-effort" has any.
     """

@@ -3,6 +3,8 @@
 import json
 import logging
 import mimetypes
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -231,46 +233,51 @@ def _holds_a_store(file: BinaryIO) -> bool:
 
 
 def _manifest(state: str, found: dict[str, Any], sidecar: bool) -> Manifest:
-    manifests = found["manifests"]
-    active = manifests[found["active_manifest"]]
-    results = found.get("validation_results", {}).get("activeManifest", {})
-    reasons = [f"{row['code']}: {row.get('explanation', '')}" for row in results.get("failure", [])]
-    signature = active.get("signature_info") or {}
-    tools = active.get("claim_generator_info") or [{}]
+    """`found` is the reader's JSON; what it quotes from the file may have any shape."""
+    manifests, label = found.get("manifests") or {}, found.get("active_manifest")
+    active = _table(manifests.get(label))
+    results = _table(_table(found.get("validation_results")).get("activeManifest"))
+    failures = _tables(results.get("failure")) or _tables(found.get("validation_status"))
+    signature = _table(active.get("signature_info"))
+    tool = next(iter(_tables(active.get("claim_generator_info"))), {})
     return Manifest(
         state={"Trusted": "trusted", "Valid": "valid"}.get(state, "invalid"),
-        reasons=tuple(reasons),
-        label=found["active_manifest"],
-        generator=" ".join(str(tools[0].get(key, "")) for key in ("name", "version")).strip(),
+        reasons=tuple(f"{row.get('code')}: {row.get('explanation', '')}" for row in failures),
+        label=label,
+        generator=" ".join(str(tool[key]) for key in ("name", "version") if key in tool) or None,
         source_type=_source_type(active, manifests, MAX_DEPTH),
         watermark=_watermark(active),
-        generation=next(iter(_assertions(active, GENERATION)), None),
+        generation=next(_assertions(active, GENERATION), None),
         signer=signature.get("issuer"),
         time=signature.get("time"),
-        ingredients=len(active.get("ingredients", [])),
+        ingredients=len(_tables(active.get("ingredients"))),
         sidecar=sidecar,
     )
 
 
-def _assertions(manifest: dict[str, Any], label: str) -> list[dict[str, Any]]:
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _assertions(manifest: dict[str, Any], label: str) -> Iterator[dict[str, Any]]:
     """The data of every assertion of this kind, whatever its version (`label`, `label.v2`)."""
-    return [
-        row["data"]
-        for row in manifest.get("assertions", [])
-        if row["label"] == label or row["label"].startswith((label + ".v", label + "__"))
-    ]
+    for row in _tables(manifest.get("assertions")):
+        if re.fullmatch(re.escape(label) + r"(\.v\d+)?(__\d+)?", str(row.get("label"))):
+            yield _table(row.get("data"))
 
 
-def _source_type(
-    manifest: dict[str, Any], manifests: dict[str, dict[str, Any]], depth: int
-) -> str | None:
+def _source_type(manifest: dict[str, Any], manifests: dict[str, Any], depth: int) -> str | None:
     """What its actions state, else what the thing it was made from (its parent) states."""
     for data in _assertions(manifest, "c2pa.actions"):
-        for action in data.get("actions", []):
+        for action in _tables(data.get("actions")):
             if stated := action.get("digitalSourceType"):
-                return stated
-    for ingredient in manifest.get("ingredients", []):
-        parent = manifests.get(ingredient.get("active_manifest", ""))
+                return str(stated)
+    for ingredient in _tables(manifest.get("ingredients")):
+        parent = _table(manifests.get(ingredient.get("active_manifest")))
         if ingredient.get("relationship") == "parentOf" and parent and depth:
             return _source_type(parent, manifests, depth - 1)
     return None
@@ -278,6 +285,6 @@ def _source_type(
 
 def _watermark(manifest: dict[str, Any]) -> tuple[str, str] | None:
     for data in _assertions(manifest, "c2pa.soft-binding"):
-        for block in data.get("blocks", []):
+        for block in _tables(data.get("blocks")):
             return str(data.get("alg")), str(block.get("value"))
     return None

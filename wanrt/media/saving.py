@@ -35,7 +35,7 @@ log = logging.getLogger("wanrt")
 
 _T = TypeVar("_T")
 
-NOT_CARRIED = "not carried: the frames are too dark or too flat"
+NOT_CARRIED = "not certain: the frames are too few, too small, too dark or too flat to carry one"
 PRIVATE_KEY_NOTE = (
     "made a signing key of its own in %s, used from now on. Its signature proves that a file has "
     "not changed since; who made it, only to those you give root.pem. A certificate of yours: "
@@ -181,6 +181,7 @@ class _Mark:
         self.sidecar = marker.sidecar(target)
         self.saved = Saved(target, "", 0, marker.marking.mode)
         self.num_frames, self.missing = 0, list(marker.missing)
+        self._identifier = secrets.randbits(32)
         self._watermark: watermark.Watermark | None = None
         self._sidecar_written = False
 
@@ -193,10 +194,9 @@ class _Mark:
             if not self.on:
                 yield frames
                 continue
-            if self._watermark is None:
-                identifier = secrets.randbits(32)
-                self._watermark = watermark.Watermark(identifier, *frames.shape[1:3])
-            yield self._watermark.apply(frames)
+            if self.num_frames == len(frames) and min(frames.shape[1:3]) >= watermark.MIN_SIDE:
+                self._watermark = watermark.Watermark(self._identifier, *frames.shape[1:3])
+            yield frames if self._watermark is None else self._watermark.apply(frames)
 
     def seal(self, part: Path) -> None:
         """XMP and the signed manifest, read back; `part` then holds what gets the final name."""
@@ -206,8 +206,8 @@ class _Mark:
         if self.on:
             carried = self._watermark is not None and self._watermark.carried
             if not carried:
-                log.warning("%s: watermark %s", self.target, NOT_CARRIED)
-            value = f"{self._watermark.identifier:08x}" if carried else None
+                log.warning("%s: watermark: %s", self.target, NOT_CARRIED)
+            value = f"{self._identifier:08x}" if carried else None
             self.saved = replace(self.saved, watermark=value)
             if part.suffix.lower() in xmp.SUFFIXES:
                 written = self.marker.attempt("XMP", lambda: self._write_xmp(part), self.missing)
@@ -272,6 +272,11 @@ class _Mark:
         """What the ledger holds of it."""
         saved = asdict(self.saved)
         saved |= {"path": self.target.name, "sidecar": self.sidecar and self.sidecar.name}
+        if self._watermark is not None:
+            saved |= {
+                "watermark": f"{self._identifier:08x}",
+                "watermark_certain": self._watermark.carried,
+            }
         return {
             "event": "saved" if self.on else "saved unmarked",
             **saved,
@@ -292,7 +297,7 @@ def _as_uint8(chunk: Any, nearest: bool) -> np.ndarray:
             return to_uint8(chunk, nearest=nearest).cpu().numpy()
         frames = chunk.cpu().numpy()
     else:
-        frames = np.asarray(chunk)
+        frames = np.require(chunk, requirements="W")  # PIL's arrays are read-only
         if frames.ndim == 3:
             frames = frames[None]
     if frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size:
