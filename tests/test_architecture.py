@@ -85,7 +85,10 @@ EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
 SHARED_PACKAGES: dict[str, dict[str, str]] = {
     "av": {"wanrt/media/sound.py": "copies packets; its home, video.py, codes pictures"},
-    "PIL": {"wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws"},
+    "PIL": {
+        "wanrt/media/frames.py": "knows an image of PIL when it sees one",
+        "wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws",
+    },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
         "wanrt/cli_plan.py": "likewise",

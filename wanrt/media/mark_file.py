@@ -1,7 +1,6 @@
 """Marks a file that another generator made: its frames are watermarked and encoded anew."""
 
 import logging
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def mark_file(
     info = probe_video(source)
     _warn_of_uneven_times(source, info)
     sound = source if has_sound(source) else None
-    return marker.save(_frames(source), out, info.fps, codec, crf, overwrite, origin, sound)
+    return marker.save(iter_frames(source), out, info.fps, codec, crf, overwrite, origin, sound)
 
 
 def _parent(source: Path) -> tuple[Input, ...]:
@@ -60,11 +59,6 @@ def _parent(source: Path) -> tuple[Input, ...]:
     if found.state == "invalid":
         log.warning("%s has a manifest that does not hold: %s", source, "; ".join(found.reasons))
     return (Input("original", source, parent=True),)
-
-
-def _frames(source: Path) -> Iterator[np.ndarray]:
-    for frame in iter_frames(source):
-        yield frame[None]
 
 
 def _warn_of_uneven_times(source: Path, info: VideoInfo) -> None:

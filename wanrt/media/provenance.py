@@ -1,15 +1,15 @@
-"""C2PA manifests: what they say, signed into a file, read back and judged (C2PA 2.2)."""
+"""C2PA manifests (specification 2.2): signed into a file, and read back with a verdict."""
 
+import io
 import json
 import logging
 import mimetypes
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wanrt.errors import MarkingError
+from wanrt.media.manifest import GENERATION, Manifest, judged
 from wanrt.media.marking import Input, Origin
 
 if TYPE_CHECKING:
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATERMARK_ACTION = "c2pa.watermarked.bound"
-GENERATION = "org.wanrt.generation"  # our own assertion
 EMBEDS = (".mp4", ".mov", ".m4v", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff")
 SIDECAR = ".c2pa"
 MAX_SIDECAR = 64 << 20
-MAX_DEPTH = 16  # of manifests within manifests that are looked through
 _STORE = bytes.fromhex("6332706100110010800000aa00389b71")  # JUMBF type of a manifest store
 # mimetypes knows these only where the system has a table of its own.
 _MIME = {".mkv": "video/x-matroska", ".webm": "video/webm", ".avif": "image/avif"}
@@ -40,8 +38,6 @@ _SETTINGS: dict[str, Any] = {
     "builder": {"thumbnail": {"enabled": False}},
 }
 
-State = Literal["trusted", "valid", "invalid", "missing"]
-
 
 @dataclass(frozen=True)
 class Statement:
@@ -54,27 +50,6 @@ class Statement:
     version: str
     watermark: tuple[str, str] | None = None
     details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the reader found.
-
-    state: "trusted" if the signature and all hashes hold and the signer leads to a root that was
-    given, "valid" if they hold and the signer is unknown. reasons: what failed, with C2PA's codes.
-    """
-
-    state: State
-    reasons: tuple[str, ...] = ()
-    label: str | None = None
-    generator: str | None = None
-    source_type: str | None = None
-    watermark: tuple[str, str] | None = None  # algorithm, value
-    generation: dict[str, Any] | None = None
-    signer: str | None = None
-    time: str | None = None  # of the time stamping authority
-    ingredients: int = 0
-    sidecar: bool = False
 
 
 def library() -> Any:
@@ -126,7 +101,7 @@ def sign(
         signer = c2pa.Signer.from_callback(signed, algorithm, key.chain, tsa)
         if not embedded:
             builder.set_no_embed()
-        with source.open("rb") as original, target.open("w+b", buffering=0) as file:
+        with source.open("rb") as original, _Written(target, failures) as file:
             if embedded:
                 builder.sign(signer, mime_type(source), original, file)
             else:
@@ -134,6 +109,24 @@ def sign(
     except (c2pa.C2paError, OSError, KeyError) as error:
         reason = _sign_failure(failures[0] if failures else error, source, tsa)
         raise MarkingError(f"the C2PA manifest cannot be signed: {reason}") from error
+
+
+class _Written(io.FileIO):
+    """A file that remembers why it could not be written: c2pa hears of failures, not of reasons."""
+
+    def __init__(self, path: Path, failures: list[BaseException]) -> None:
+        super().__init__(path, "w+")
+        self._failures = failures
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:  # a full disk may take a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._failures.append(error)
+            raise
+        return len(data)
 
 
 def _sign_failure(error: BaseException, source: Path, tsa: str | None) -> str:
@@ -218,7 +211,7 @@ def read(path: Path, root: str | None = None) -> Manifest:
         except c2pa.C2paError as error:
             there = data is not None or _holds_a_store(file)
             return Manifest("invalid" if there else "missing", (str(error),), sidecar=bool(data))
-    return _manifest(state, found, data is not None)
+    return judged(state, found, data is not None)
 
 
 def _holds_a_store(file: BinaryIO) -> bool:
@@ -230,61 +223,3 @@ def _holds_a_store(file: BinaryIO) -> bool:
             return True
         kept = block[-len(_STORE) :]
     return False
-
-
-def _manifest(state: str, found: dict[str, Any], sidecar: bool) -> Manifest:
-    """`found` is the reader's JSON; what it quotes from the file may have any shape."""
-    manifests, label = found.get("manifests") or {}, found.get("active_manifest")
-    active = _table(manifests.get(label))
-    results = _table(_table(found.get("validation_results")).get("activeManifest"))
-    failures = _tables(results.get("failure")) or _tables(found.get("validation_status"))
-    signature = _table(active.get("signature_info"))
-    tool = next(iter(_tables(active.get("claim_generator_info"))), {})
-    return Manifest(
-        state={"Trusted": "trusted", "Valid": "valid"}.get(state, "invalid"),
-        reasons=tuple(f"{row.get('code')}: {row.get('explanation', '')}" for row in failures),
-        label=label,
-        generator=" ".join(str(tool[key]) for key in ("name", "version") if key in tool) or None,
-        source_type=_source_type(active, manifests, MAX_DEPTH),
-        watermark=_watermark(active),
-        generation=next(_assertions(active, GENERATION), None),
-        signer=signature.get("issuer"),
-        time=signature.get("time"),
-        ingredients=len(_tables(active.get("ingredients"))),
-        sidecar=sidecar,
-    )
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _tables(value: Any) -> list[dict[str, Any]]:
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def _assertions(manifest: dict[str, Any], label: str) -> Iterator[dict[str, Any]]:
-    """The data of every assertion of this kind, whatever its version (`label`, `label.v2`)."""
-    for row in _tables(manifest.get("assertions")):
-        if re.fullmatch(re.escape(label) + r"(\.v\d+)?(__\d+)?", str(row.get("label"))):
-            yield _table(row.get("data"))
-
-
-def _source_type(manifest: dict[str, Any], manifests: dict[str, Any], depth: int) -> str | None:
-    """What its actions state, else what the thing it was made from (its parent) states."""
-    for data in _assertions(manifest, "c2pa.actions"):
-        for action in _tables(data.get("actions")):
-            if stated := action.get("digitalSourceType"):
-                return str(stated)
-    for ingredient in _tables(manifest.get("ingredients")):
-        parent = _table(manifests.get(ingredient.get("active_manifest")))
-        if ingredient.get("relationship") == "parentOf" and parent and depth:
-            return _source_type(parent, manifests, depth - 1)
-    return None
-
-
-def _watermark(manifest: dict[str, Any]) -> tuple[str, str] | None:
-    for data in _assertions(manifest, "c2pa.soft-binding"):
-        for block in _tables(data.get("blocks")):
-            return str(data.get("alg")), str(block.get("value"))
-    return None

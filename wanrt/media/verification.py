@@ -14,6 +14,7 @@ from wanrt import env
 from wanrt.errors import FormatError, UsageError
 from wanrt.media import ledger, provenance, watermark, watermark_detect, xmp
 from wanrt.media.image import is_image, load_image, to_uint8
+from wanrt.media.manifest import Manifest
 from wanrt.media.marking import AI_SOURCES
 from wanrt.media.video import iter_frames
 
@@ -63,7 +64,7 @@ class LedgerLayer:
 
 @dataclass(frozen=True)
 class Layers:
-    c2pa: provenance.Manifest
+    c2pa: Manifest
     xmp: XmpLayer
     watermark: WatermarkLayer
     ledger: LedgerLayer | None = None

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 from wanrt.errors import FormatError
+from wanrt.media.output import PendingFile
 
 PROPERTY = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
 RDF_RESOURCE = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}resource"
@@ -39,15 +40,21 @@ _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 def embed(path: Path, source_type: str, tool: str) -> None:
     """Write the packet into a finished MP4 (a box at its end) or PNG (a chunk after its header).
 
-    A PNG is rewritten as a whole: peak, its bytes. Raises OSError.
+    The file stays as it was where that fails. Peak: the bytes of a PNG. Raises OSError.
     """
     packet = _PACKET.format(source=quoteattr(source_type), tool=quoteattr(tool)).encode()
     if path.suffix.lower() == ".png":
-        path.write_bytes(_png_with(path.read_bytes(), packet))
+        with PendingFile(path) as changed:
+            changed.part.write_bytes(_png_with(path.read_bytes(), packet))
         return
     box = struct.pack(">I4s16s", 24 + len(packet), b"uuid", MP4_BOX) + packet
-    with path.open("ab") as file:
-        file.write(box)
+    size = path.stat().st_size
+    try:
+        with path.open("ab") as file:
+            file.write(box)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def _png_with(data: bytes, packet: bytes) -> bytes:
