@@ -11,20 +11,22 @@ from torch import Tensor
 from wanrt.errors import UsageError
 from wanrt.media.watermark_code import ID_BITS
 from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
-from wanrt.media.watermark_key import NAME, grid_for, key
+from wanrt.media.watermark_key import FINE_FROM, NAME, grid_for, key
 
 __all__ = ["NAME", "Watermark"]
 
-MIN_SIDE = 64  # pixels
+MIN_SIDE = 64  # pixels; smaller frames are left alone
 FLAT = 3  # levels: a frame whose brightness spans no more is left alone, nothing hides a pattern
 CARRIED = 16.0  # standard deviations: what is read back this clearly is read back whole
 
 BLOCK = 8  # pixels: the strength is one number per block
 LOW_CUT = 0.7
-SMALL_STRENGTH, LARGE_STRENGTH = 2.0, 1.4  # levels RMS where there is no texture
-_SMALL, _LARGE = 256, 480  # pixels of the shorter side that they are meant for
+# Strength where there is no texture (levels RMS), and what most texture adds as a share of it.
+# A codec leaves less of a small picture's chips, and less where a picture is textured.
+COARSE_STRENGTH = (1.7, 1.0)
+STRENGTHS = ((256, (2.5, 0.25)), (480, (1.4, 1.0)))  # by the shorter side in pixels; linear between
 _HEADROOM = 8  # levels from black and white below which the strength fades
-_MAX_VARIANCE = 400  # of the brightness within a block, where the strength has doubled
+_MAX_VARIANCE = 400  # of the brightness within a block: more adds nothing
 _ONE = 32  # fixed point: a pattern value and a strength of 1
 _SHIFT = 10  # their product's
 
@@ -36,16 +38,11 @@ class Watermark:
     """
 
     def __init__(self, identifier: int, height: int, width: int) -> None:
-        """`identifier` has 32 bits. Raises UsageError for it or a size that cannot be marked."""
+        """`identifier` has 32 bits; raises UsageError for others."""
         if isinstance(identifier, bool) or not isinstance(identifier, int):
             raise UsageError(f"the watermark's identifier is {identifier!r}; it is a whole number")
         if not 0 <= identifier < 1 << ID_BITS:
             raise UsageError(f"the watermark's identifier {identifier} is not of {ID_BITS} bits")
-        if min(height, width) < MIN_SIDE:
-            raise UsageError(
-                f"{width}x{height} is too small for the watermark "
-                f"(at least {MIN_SIDE} pixels each way, or --marking off)"
-            )
         self.height, self.width = height, width
         self._chips = key(grid_for(height, width)).chips(identifier)
         self._pattern = _blocked(pixel_pattern(self._chips, height, width))
@@ -61,6 +58,8 @@ class Watermark:
         """uint8 `[n, H, W, 3]` -> the same, marked; the input is left as it is."""
         assert frames.shape[1:] == (self.height, self.width, 3), f"{frames.shape=}"
         assert frames.dtype in (np.uint8, torch.uint8), f"{frames.dtype=}"
+        if min(self.height, self.width) < MIN_SIDE:
+            return frames.clone() if isinstance(frames, Tensor) else frames.copy()
         if isinstance(frames, Tensor):
             return self._apply(frames)
         return self._apply(torch.from_numpy(np.ascontiguousarray(frames))).numpy()
@@ -125,14 +124,15 @@ def _repeat_last(count: int, padded: int, device: torch.device) -> Tensor:
 def strength_table(side: int) -> Tensor:
     """int16 `[401]`: by the variance of a block's brightness, for a picture's shorter side.
 
-    Texture hides more: up to twice the strength. Small pictures, of whose chips a codec leaves
-    less, start with a higher one.
+    Levels RMS in fixed point; texture, which hides more, adds up to the share given for the size.
     """
-    small = min(max((_LARGE - side) / (_LARGE - _SMALL), 0.0), 1.0)
-    base = LARGE_STRENGTH + small * (SMALL_STRENGTH - LARGE_STRENGTH)
-    variance = np.arange(_MAX_VARIANCE + 1)
-    texture = np.sqrt(variance / _MAX_VARIANCE)
-    return torch.from_numpy(np.rint(_ONE * base * (1 + texture)).astype(np.int16))
+    if side < FINE_FROM:
+        flat, texture = COARSE_STRENGTH
+    else:
+        sides, rows = zip(*STRENGTHS, strict=True)
+        flat, texture = (np.interp(side, sides, column) for column in zip(*rows, strict=True))
+    deviation = np.sqrt(np.arange(_MAX_VARIANCE + 1) / _MAX_VARIANCE)
+    return torch.from_numpy(np.rint(_ONE * flat * (1 + texture * deviation)).astype(np.int16))
 
 
 def pixel_pattern(chips: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -53,16 +53,20 @@ def judge(evidence: Evidence) -> Detection:
 
 
 def _attempt(samples: np.ndarray, how: Alignment) -> Detection:
-    chips = read(samples, how)
-    here = key(len(samples) // SAMPLES)
-    soft = (chips.ravel()[here.data] * here.signs[here.data]).sum(0)
-    identifier = decode(soft)
+    identifier = decode(soft_bits(samples, how))
+    chips, here = read(samples, how), key(len(samples) // SAMPLES)
     if identifier is None:
         return Detection(False, None, correlation(chips, here.sync_chips()), 1.0)
     score = correlation(chips, here.chips(identifier))
     chance = false_positive_probability(score)
     detected = chance <= MAX_FALSE_POSITIVE
     return Detection(detected, identifier if detected else None, score, chance)
+
+
+def soft_bits(samples: np.ndarray, how: Alignment) -> np.ndarray:
+    """float `[144]`: the coded bits of a map, positive for 0."""
+    here = key(len(samples) // SAMPLES)
+    return (read(samples, how).ravel()[here.data] * here.signs[here.data]).sum(0)
 
 
 def false_positive_probability(score: float) -> float:
