@@ -84,7 +84,10 @@ OPS_GATES = ("wanrt.models.layers", "wanrt.models.vae_layers")
 EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
 SHARED_PACKAGES: dict[str, dict[str, str]] = {
-    "av": {"wanrt/media/sound.py": "copies packets; its home, video.py, codes pictures"},
+    "av": {
+        "bench/watermark_attacks.py": "re-encodes in memory, as other programs would",
+        "wanrt/media/sound.py": "copies packets; its home, video.py, codes pictures",
+    },
     "PIL": {
         "wanrt/media/frames.py": "knows an image of PIL when it sees one",
         "wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws",
