@@ -48,7 +48,7 @@ def wanrt(
 @pytest.mark.parametrize(
     ("name", "code", "state", "text"),
     [
-        ("a.mp4", 0, "marked", "signed by a trusted signer (private), unchanged since"),
+        ("a.mp4", 0, "marked", "signed by a private wanrt key, trusted here, and unchanged since"),
         ("plain.mp4", 1, "unmarked", "there is no C2PA manifest"),
         ("changed.mp4", 3, "tampered", "the C2PA manifest does not hold; assertion.bmffHash"),
         ("text.mp4", 3, "unreadable", "cannot be read as a video"),
@@ -114,9 +114,9 @@ def test_keys_init_says_what_it_is_worth(wanrt: Callable[..., Outcome]) -> None:
     done = wanrt("mark", "plain.mp4", "-o", "b.mp4", "--key", "mine")
     assert done.code == 0
     done = wanrt("verify", "b.mp4", "--trust", "mine/root.pem")
-    assert done.code == 0 and "a trusted signer (Studio Ä)" in done.out
+    assert done.code == 0 and "signed by Studio Ä, trusted here" in done.out
     done = wanrt("verify", "b.mp4")
-    assert done.code == 0 and "a signer not known here (Studio Ä)" in done.out
+    assert done.code == 0 and "signed by Studio Ä, not known here" in done.out
 
 
 SETTINGS = ("--size", "64x64", "--frames", "5", "--steps", "1", "--seed", "3", "--negative", "")

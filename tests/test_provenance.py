@@ -21,6 +21,7 @@ import wanrt
 from wanrt import keys
 from wanrt.errors import FormatError, UsageError
 from wanrt.media import ledger, provenance, watermark, xmp
+from wanrt.media.manifest import SoftBinding
 from wanrt.media.mark_file import mark_file
 from wanrt.media.marking import COMPOSITE, GENERATED, Input, Marking, Origin
 from wanrt.media.saving import save_video
@@ -59,7 +60,7 @@ def test_every_kind_of_file_is_marked(name: str, folder: Path) -> None:
     assert layers.c2pa.sidecar == (name in ("b.webm", "c.mkv"))
     assert layers.xmp.state == ("missing" if layers.c2pa.sidecar else "valid")
     assert layers.watermark.detected
-    assert layers.c2pa.watermark == (watermark.NAME, layers.watermark.id)
+    assert layers.c2pa.watermark == SoftBinding(watermark.NAME, layers.watermark.id)
     assert layers.watermark.false_positive_probability < 1e-4
 
 
@@ -185,7 +186,7 @@ def test_a_manifest_of_another_clip_contradicts(folder: Path, tmp_path: Path) ->
     """Frames with one watermark, signed (by somebody who may) as if they had another."""
     key = keys.load(Path(os.environ["WANRT_KEYS"]))
     source = remux(folder / "a.mp4", tmp_path / "copy.mp4")
-    statement = provenance.Statement(Origin(), "0", (watermark.NAME, "00000000"))
+    statement = provenance.Statement(Origin(), "0", SoftBinding(watermark.NAME, "00000000"))
     provenance.sign(source, tmp_path / "lie.mp4", statement, key)
     found = verify(tmp_path / "lie.mp4")
     assert (found.state, found.exit_code) == ("contradiction", 3)

@@ -64,7 +64,10 @@ def _report(found: Verification) -> str:
     layers = found.layers
     manifest, mark = layers.c2pa, layers.watermark
     c2pa = [manifest.state, manifest.generator, manifest.signer and f"signer {manifest.signer}"]
-    c2pa += [manifest.time and f"time stamp {manifest.time}"]
+    if manifest.time is not None:
+        c2pa.append(
+            f"time stamp {manifest.time}" + " by somebody unknown" * (not manifest.time_trusted)
+        )
     c2pa += [_short(manifest.source_type), *manifest.reasons]
     rows = [
         ("c2pa", c2pa + ["beside the file"] * manifest.sidecar),
@@ -129,13 +132,13 @@ def marks_of(saved: Saved) -> str:
 
 def keys_init(
     key: Annotated[Path | None, typer.Option("--key", help="Folder to make.")] = None,
-    name: Annotated[str, typer.Option(help="Organisation in the certificates.")] = "private",
+    name: Annotated[str | None, typer.Option(help="Organisation in the certificates.")] = None,
 ) -> None:
     """Make a private root, a signing key and its certificate."""
     from wanrt import keys
 
     folder = key or env.keys_folder() or env.own_keys_folder()
-    keys.init(folder, name)
+    keys.init(folder, name or keys.PRIVATE)
     print(f"{folder}: {keys.KEY} (mode 0600), {keys.CHAIN}, {keys.ROOT}")
     print(PRIVATE_TRUST)
 

@@ -25,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from wanrt.errors import MarkingError, OutputError
 
 KEY, CHAIN, ROOT = "key.pem", "chain.pem", "root.pem"  # what lies in a folder of keys
+PRIVATE = "a private wanrt key"  # the organisation in its certificates
 LIFETIME = timedelta(days=3653)  # without a time stamp a signature ends with its certificate
 MAX_CLOCK_SKEW = timedelta(days=1)  # of machines that read what was just signed
 
@@ -147,7 +148,7 @@ def _signer(key: PrivateKey, path: Path) -> tuple[str, Callable[[bytes], bytes]]
     return name, sign
 
 
-def init(folder: Path, organisation: str = "private") -> None:
+def init(folder: Path, organisation: str = PRIVATE) -> None:
     """Make a private root, a P-256 key and its certificate in a new folder, valid for ten years.
 
     The root's own key signs that one certificate and is not kept, so nobody can issue another in

@@ -12,11 +12,20 @@ State = Literal["trusted", "valid", "invalid", "missing"]
 
 
 @dataclass(frozen=True)
+class SoftBinding:
+    """The watermark that a manifest names as that of the frames."""
+
+    algorithm: str
+    id: str  # eight hex digits, where it is ours
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What the reader found.
 
     state: "trusted" if the signature and all hashes hold and the signer leads to a root that was
     given, "valid" if they hold and the signer is unknown. reasons: what failed, with C2PA's codes.
+    time: that of a time stamp; time_trusted: its authority leads to a root that was given, too.
     """
 
     state: State
@@ -24,12 +33,19 @@ class Manifest:
     label: str | None = None
     generator: str | None = None
     source_type: str | None = None
-    watermark: tuple[str, str] | None = None  # algorithm, value
+    watermark: SoftBinding | None = None
     generation: dict[str, Any] | None = None
     signer: str | None = None
-    time: str | None = None  # of the time stamping authority
+    time: str | None = None
+    time_trusted: bool = False
     ingredients: int = 0
     sidecar: bool = False
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all hashes and the signature hold, whatever is wrong with the certificate."""
+        about_signer = all(reason.startswith("signingCredential.") for reason in self.reasons)
+        return self.state in ("trusted", "valid") or (bool(self.reasons) and about_signer)
 
 
 def judged(state: str, found: dict[str, Any], sidecar: bool) -> Manifest:
@@ -38,6 +54,7 @@ def judged(state: str, found: dict[str, Any], sidecar: bool) -> Manifest:
     active = _table(manifests.get(label))
     results = _table(_table(found.get("validation_results")).get("activeManifest"))
     failures = _tables(results.get("failure")) or _tables(found.get("validation_status"))
+    successes = _tables(results.get("success"))
     signature = _table(active.get("signature_info"))
     tool = next(iter(_tables(active.get("claim_generator_info"))), {})
     return Manifest(
@@ -50,6 +67,7 @@ def judged(state: str, found: dict[str, Any], sidecar: bool) -> Manifest:
         generation=next(_assertions(active, GENERATION), None),
         signer=signature.get("issuer"),
         time=signature.get("time"),
+        time_trusted=any(row.get("code") == "timeStamp.trusted" for row in successes),
         ingredients=len(_tables(active.get("ingredients"))),
         sidecar=sidecar,
     )
@@ -83,8 +101,8 @@ def _source_type(manifest: dict[str, Any], manifests: dict[str, Any], depth: int
     return None
 
 
-def _watermark(manifest: dict[str, Any]) -> tuple[str, str] | None:
+def _watermark(manifest: dict[str, Any]) -> SoftBinding | None:
     for data in _assertions(manifest, "c2pa.soft-binding"):
         for block in _tables(data.get("blocks")):
-            return str(data.get("alg")), str(block.get("value"))
+            return SoftBinding(str(data.get("alg")), str(block.get("value")))
     return None

@@ -16,6 +16,7 @@ import numpy as np
 from wanrt.errors import MarkingError, OutputError
 from wanrt.media import provenance, watermark, xmp
 from wanrt.media.frames import Clip, chunks_of
+from wanrt.media.manifest import SoftBinding
 from wanrt.media.marking import Marking, Mode, Origin, Saved
 from wanrt.media.output import IMAGE_SUFFIX, PendingFile
 from wanrt.media.sound import add_sound
@@ -144,7 +145,7 @@ class Mark:
     ) -> str:
         """Sign `part` into `target`, then judge the file `judged` as a stranger with the root."""
         value = self.saved.watermark
-        bound = None if value is None else (watermark.NAME, value)
+        bound = None if value is None else SoftBinding(watermark.NAME, value)
         details = {"marking": self.marking.mode}
         if bound is None:
             details["watermark"] = NOT_CARRIED

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wanrt.errors import MarkingError
-from wanrt.media.manifest import GENERATION, Manifest, judged
+from wanrt.media.manifest import GENERATION, Manifest, SoftBinding, judged
 from wanrt.media.marking import Input, Origin
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ _SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Statement:
-    """What a manifest is to say: origin, tool, the watermark (algorithm and hex) if there is one.
+    """What a manifest is to say: origin, version of wanrt, the watermark if there is one.
 
     details: further plain values of our own assertion.
     """
 
     origin: Origin
     version: str
-    watermark: tuple[str, str] | None = None
+    watermark: SoftBinding | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -146,14 +146,13 @@ def _definition(statement: Statement) -> dict[str, Any]:
         "digitalSourceType": origin.source_type,
         "softwareAgent": tool,
     }
-    bound = [label for label, given in zip(labels, origin.inputs, strict=True) if given.path]
-    if bound:
-        first["parameters"] = {"ingredientIds": bound}
+    files = [label for label, given in zip(labels, origin.inputs, strict=True) if given.path]
+    if files:
+        first["parameters"] = {"ingredientIds": files}
     actions, assertions = [first], []
-    if statement.watermark is not None:
-        algorithm, value = statement.watermark
+    if (bound := statement.watermark) is not None:
         actions.append({"action": WATERMARK_ACTION, "softwareAgent": tool})
-        binding = {"alg": algorithm, "blocks": [{"scope": {}, "value": value}]}
+        binding = {"alg": bound.algorithm, "blocks": [{"scope": {}, "value": bound.id}]}
         assertions.append({"label": "c2pa.soft-binding", "data": binding})
     generation: dict[str, Any] = {
         "model": origin.model,

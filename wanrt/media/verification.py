@@ -21,11 +21,12 @@ from wanrt.media.video import iter_frames
 MAX_FRAMES = 120  # that the watermark is looked for in
 ROOT_FILE = "root.pem"
 
-State = Literal["marked", "unmarked", "tampered", "contradiction", "unreadable"]
+State = Literal["marked", "unmarked", "tampered", "invalid", "contradiction", "unreadable"]
 EXIT_CODES: dict[State, int] = {
     "marked": 0,
     "unmarked": 1,
     "tampered": 3,
+    "invalid": 3,
     "contradiction": 3,
     "unreadable": 3,
 }
@@ -72,8 +73,11 @@ class Layers:
 
 @dataclass(frozen=True)
 class Verification:
-    """state: "marked" if some layer says AI-generated and none speaks against it; "tampered" if a
-    manifest is there and does not hold. reasons: what led to it, in plain words.
+    """The verdict. reasons: what led to it, in plain words.
+
+    state: "marked" if some layer says AI-generated and none speaks against it; "tampered" if a
+    manifest is there and the file is not as it was signed; "invalid" if it is, by a certificate
+    that has expired or was revoked; "contradiction" if the layers tell different things.
     """
 
     path: Path
@@ -184,6 +188,9 @@ def _match(path: Path, file: Path, mark: WatermarkLayer) -> LedgerLayer:
 
 def _judge(layers: Layers, broken: FormatError | None) -> tuple[State, tuple[str, ...]]:
     manifest, mark = layers.c2pa, layers.watermark
+    if manifest.state == "invalid" and manifest.unchanged:
+        told = "the file is as it was signed, but the signer's certificate does not hold"
+        return "invalid", (told, *manifest.reasons)
     if manifest.state == "invalid":
         return "tampered", ("the C2PA manifest does not hold", *manifest.reasons)
     if broken is not None:
@@ -195,8 +202,8 @@ def _judge(layers: Layers, broken: FormatError | None) -> tuple[State, tuple[str
         reasons.append("there is no C2PA manifest: never signed, or lost on the way")
         reasons += [f"C2PA cannot read the file: {reason}" for reason in manifest.reasons]
     elif manifest.source_type in AI_SOURCES:
-        trust = "a trusted signer" if manifest.state == "trusted" else "a signer not known here"
-        reasons.append(f"signed by {trust} ({manifest.signer}), unchanged since")
+        trust = "trusted" if manifest.state == "trusted" else "not known"
+        reasons.append(f"signed by {manifest.signer}, {trust} here, and unchanged since")
     else:
         reasons.append("a valid C2PA manifest, which does not say AI-generated")
     says = manifest.state != "missing" and manifest.source_type in AI_SOURCES
@@ -211,8 +218,8 @@ def _judge(layers: Layers, broken: FormatError | None) -> tuple[State, tuple[str
 
 def _contradictions(layers: Layers) -> Iterator[str]:
     bound, mark = layers.c2pa.watermark, layers.watermark
-    if bound and bound[0] == mark.algorithm and mark.detected and bound[1] != mark.id:
-        yield f"the manifest is bound to watermark {bound[1]}, the frames carry {mark.id}"
+    if bound and bound.algorithm == mark.algorithm and mark.detected and bound.id != mark.id:
+        yield f"the manifest is bound to watermark {bound.id}, the frames carry {mark.id}"
     sources = [s for s in (layers.c2pa.source_type, layers.xmp.source_type) if s is not None]
     ai = [source in AI_SOURCES for source in sources] + [True] * mark.detected
     if any(ai) and not all(ai):
