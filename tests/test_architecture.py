@@ -83,6 +83,7 @@ OPS_GATES = ("wanrt.models.layers", "wanrt.models.vae_layers")
 EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
 SHARED_PACKAGES: dict[str, dict[str, str]] = {
+    "av": {"bench/watermark_attacks.py": "re-encodes in memory, as other programs would"},
     "PIL": {"wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws"},
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
