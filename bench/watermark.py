@@ -22,7 +22,7 @@ from wanrt.media.watermark_align import read, straight
 from wanrt.media.watermark_code import MESSAGE_BITS, best_path, message_bits
 from wanrt.media.watermark_detect import judge, soft_bits
 from wanrt.media.watermark_evidence import Evidence, correlation
-from wanrt.media.watermark_key import FINE, grid_for, key
+from wanrt.media.watermark_key import grid_for, key
 
 IDENTIFIER = 0x5EEDCA11
 VIDEO_FRAMES = 33  # of a file that is given
@@ -113,8 +113,9 @@ def false_alarms(chosen: list[Subject], crops: int) -> FalseAlarms:
         for _ in range(crops * index // len(chosen), crops * (index + 1) // len(chosen)):
             evidence = _evidence(_random_crop(frames, rng))
             found = judge(evidence)
-            chips = read(evidence.map(FINE), straight(False))
-            correlations.append(correlation(chips, key(FINE).chips(IDENTIFIER)))
+            grid = grid_for(*frames.shape[1:3])
+            chips = read(evidence.map(grid), straight(False))
+            correlations.append(correlation(chips, key(grid).chips(IDENTIFIER)))
             detected += found.detected
             highest = max(highest, found.score)
     # Clopper-Pearson: exact for none, and the Poisson mean with a chance of 5 % for at most k.

@@ -6,7 +6,7 @@ None of the photographs, scenes and patterns here was looked at while the waterm
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +53,7 @@ def subjects() -> Iterator[Subject]:
     yield Subject("one grey 832x480", "cannot carry", partial(flat, 128, *LARGE))
 
 
+@cache
 def photos() -> list[Path]:
     """What installed packages bring along."""
     found = []
@@ -113,9 +114,8 @@ def noise(height: int, width: int) -> np.ndarray:
     """Other noise in each frame, smoothed by 2 x 2."""
     rng = np.random.default_rng(78)
     fine = rng.integers(0, 256, (NUM_FRAMES, height + 1, width + 1, 3)).astype(np.uint16)
-    return (
-        (fine[:, 1:, 1:] + fine[:, :-1, 1:] + fine[:, 1:, :-1] + fine[:, :-1, :-1]) // 4
-    ).astype(np.uint8)
+    rows = fine[:, 1:] + fine[:, :-1]
+    return ((rows[:, :, 1:] + rows[:, :, :-1]) // 4).astype(np.uint8)
 
 
 def gradient(height: int, width: int) -> np.ndarray:

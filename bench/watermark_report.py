@@ -108,15 +108,15 @@ def _clips(clips: list[Clip], rows: list[Row]) -> Iterator[str]:
     wrong = sum(row.wrong for row in rows)
     yield ""
     yield (
-        f"Median PSNR {statistics.median(marked):.1f} dB over {len(marked)} clips that carry the mark. "
-        f"Wrong identifiers: {wrong} of {len(rows)} readings."
+        f"Median PSNR {statistics.median(marked):.1f} dB over {len(marked)} clips that carry the "
+        f"mark. Wrong identifiers: {wrong} of {len(rows)} readings."
     )
 
 
 def _false_alarms(one: FalseAlarms) -> str:
     return (
         f"False alarms: {one.detected} of {one.crops} unmarked crops, so with 95 % confidence a "
-        f"rate below {one.limit:.2g}; the derived bound is 1e-06. Highest score {one.highest_score:.1f}. "
-        f"Correlation with one pattern: mean {one.mean:.3f}, standard deviation {one.deviation:.3f} "
-        "(in theory 0 and 1)."
+        f"rate below {one.limit:.2g}; the derived bound is 1e-06. Highest score "
+        f"{one.highest_score:.1f}. Correlation with one pattern: mean {one.mean:.3f}, standard "
+        f"deviation {one.deviation:.3f} (in theory 0 and 1)."
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from wanrt.errors import UsageError
 from wanrt.media.watermark_code import ID_BITS
 from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
-from wanrt.media.watermark_key import FINE_FROM, NAME, grid_for, key
+from wanrt.media.watermark_key import NAME, grid_for, key
 
 __all__ = ["NAME", "Watermark"]
 
@@ -21,10 +21,9 @@ CARRIED = 16.0  # standard deviations: what is read back this clearly is read ba
 
 BLOCK = 8  # pixels: the strength is one number per block
 LOW_CUT = 0.7
-# Strength where there is no texture (levels RMS), and what most texture adds as a share of it.
-# A codec leaves less of a small picture's chips, and less where a picture is textured.
-COARSE_STRENGTH = (1.7, 1.0)
-STRENGTHS = ((256, (2.5, 0.25)), (480, (1.4, 1.0)))  # by the shorter side in pixels; linear between
+# By the grid: strength where there is no texture (levels RMS), and what most texture adds as a
+# share of it. A codec leaves less of a small picture's chips, and less where there is texture.
+STRENGTHS = {96: (1.5, 0.5), 64: (2.4, 0.15), 32: (1.7, 1.0)}
 _HEADROOM = 8  # levels from black and white below which the strength fades
 _MAX_VARIANCE = 400  # of the brightness within a block: more adds nothing
 _ONE = 32  # fixed point: a pattern value and a strength of 1
@@ -44,10 +43,11 @@ class Watermark:
         if not 0 <= identifier < 1 << ID_BITS:
             raise UsageError(f"the watermark's identifier {identifier} is not of {ID_BITS} bits")
         self.height, self.width = height, width
-        self._chips = key(grid_for(height, width)).chips(identifier)
+        grid = grid_for(height, width)
+        self._chips = key(grid).chips(identifier)
         self._pattern = _blocked(pixel_pattern(self._chips, height, width))
-        self._strengths = strength_table(min(height, width))
-        self._evidence: Evidence | None = Evidence()
+        self._strengths = strength_table(grid)
+        self._evidence: Evidence | None = Evidence((grid,))
 
     @property
     def carried(self) -> bool:
@@ -121,16 +121,9 @@ def _repeat_last(count: int, padded: int, device: torch.device) -> Tensor:
     return torch.arange(padded, device=device).clamp_(max=count - 1)
 
 
-def strength_table(side: int) -> Tensor:
-    """int16 `[401]`: by the variance of a block's brightness, for a picture's shorter side.
-
-    Levels RMS in fixed point; texture, which hides more, adds up to the share given for the size.
-    """
-    if side < FINE_FROM:
-        flat, texture = COARSE_STRENGTH
-    else:
-        sides, rows = zip(*STRENGTHS, strict=True)
-        flat, texture = (np.interp(side, sides, column) for column in zip(*rows, strict=True))
+def strength_table(grid: int) -> Tensor:
+    """int16 `[401]`, in fixed point: the strength by the variance of a block's brightness."""
+    flat, texture = STRENGTHS[grid]
     deviation = np.sqrt(np.arange(_MAX_VARIANCE + 1) / _MAX_VARIANCE)
     return torch.from_numpy(np.rint(_ONE * flat * (1 + texture * deviation)).astype(np.int16))
 

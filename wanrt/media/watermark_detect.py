@@ -9,12 +9,12 @@ import numpy as np
 from wanrt.media.watermark_align import Alignment, candidates, read, straight
 from wanrt.media.watermark_code import ID_BITS, decode
 from wanrt.media.watermark_evidence import SAMPLES, Evidence, correlation
-from wanrt.media.watermark_key import COARSE, FINE, key
+from wanrt.media.watermark_key import GRIDS, key
 
 MAX_FALSE_POSITIVE = 1e-6
-# Every alignment that could be tried, of both grids: fewer than 2 (grids) x 2 (mirrored) x 13^2
-# (scales) x 25^2 (offsets) x 45^2 (places that the refinement can reach) < 2^30.
-TESTS_BITS = 30
+# Every alignment that could be tried: fewer than 3 (grids) x 2 (mirrored) x 13^2 (scales) x 37^2
+# (offsets) x 45^2 (places that the refinement can reach) < 2^32.
+TESTS_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def judge(evidence: Evidence) -> Detection:
     best = Detection(False, None, 0.0, 1.0)
     if not evidence.num_frames:
         return best
-    maps = [evidence.map(grid) for grid in (FINE, COARSE)]
+    maps = [evidence.map(grid) for grid in GRIDS]
     plain = ((samples, straight(mirrored)) for samples in maps for mirrored in (False, True))
     searched = ((samples, how) for samples in maps for how in candidates(samples))
     for attempts in (plain, searched):

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from wanrt.media.watermark_key import COARSE, FINE
+from wanrt.media.watermark_key import GRIDS
 
 SAMPLES = 2  # per chip and direction, in the map of a grid
 _NEAR = 5  # samples: the neighbourhood of which a sample must stand out
@@ -13,21 +13,19 @@ _LUMA = np.array([77, 150, 29], np.float32) / 256
 
 
 class Evidence:
-    """Sums over frames of any size; holds two maps, whatever the number of frames."""
+    """Sums over frames of any size; holds a map for each grid, whatever the number of frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, grids: tuple[int, ...] = GRIDS) -> None:
         self.num_frames = 0
-        self._maps = {grid: np.zeros((SAMPLES * grid,) * 2) for grid in (FINE, COARSE)}
+        self._maps = {grid: np.zeros((SAMPLES * grid,) * 2) for grid in grids}
 
     def add(self, frame: np.ndarray) -> None:
         """uint8 `[H, W, 3]`."""
         height, width, _ = frame.shape
-        side = SAMPLES * FINE
-        small = _areas(height, side) @ (frame.astype(np.float32) @ _LUMA) @ _areas(width, side).T
-        self._maps[FINE] += _outstanding(small)
-        ratio = FINE // COARSE
-        coarse = small.reshape(side // ratio, ratio, side // ratio, ratio).mean((1, 3))
-        self._maps[COARSE] += _outstanding(coarse)
+        luma = frame.astype(np.float32) @ _LUMA
+        for grid, samples in self._maps.items():
+            side = SAMPLES * grid
+            samples += _outstanding(_areas(height, side) @ luma @ _areas(width, side).T)
         self.num_frames += 1
 
     def map(self, grid: int) -> np.ndarray:

@@ -13,10 +13,9 @@ import numpy as np
 from wanrt.media.watermark_code import CODED_BITS, encode
 
 NAME = "org.wanrt.ss.1"
-FINE, COARSE = 64, 32  # chips per side
-FINE_FROM = 160  # pixels: a picture whose shorter side has fewer gets the coarse grid
-
-_COPIES = {FINE: 24, COARSE: 6}  # chips per coded bit; the others are known beforehand (sync)
+GRIDS = (96, 64, 32)  # chips per side
+_FROM = {96: 400, 64: 160, 32: 0}  # pixels of the shorter side from which a grid is used
+_COPIES = {96: 54, 64: 24, 32: 6}  # chips per coded bit; the others are known beforehand (sync)
 
 
 @dataclass(frozen=True)
@@ -63,4 +62,4 @@ def _bytes(what: str, grid: int, count: int) -> bytes:
 
 def grid_for(height: int, width: int) -> int:
     """Chips per side for a picture of this size."""
-    return FINE if min(height, width) >= FINE_FROM else COARSE
+    return next(grid for grid in GRIDS if min(height, width) >= _FROM[grid])
