@@ -62,6 +62,7 @@ def _attend(
         x = prepare(q[:, heads], k[:, heads], v[:, heads], v_dtype)
         part = bias if bias is None or bias.ndim < 4 or bias.shape[1] == 1 else bias[:, heads]
         attend(x.q, x.k, x.v, part, scale / head_dim, x.scales, out[:, heads], mma)
+        del x  # before the next heads' is made
     return out
 
 

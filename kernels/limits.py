@@ -1,6 +1,7 @@
 """Limits that kernels and models keep and that memory plans count on; imports nothing."""
 
 FEED_FORWARD_ROWS = 8192  # tokens at once; enough for a matrix product to keep any card busy
+SCORES = 1 << 26  # fp32 values that PyTorch's fp8 attention holds at a time
 ATTENTION_AT_ONCE = 256 << 20  # bytes; some heads of a long video keep every card busy
 
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanrt.kernels.limits import SCORES
 from wanrt.kernels.reference import LARGEST, Preparation, hadamard_matrix, prepare_int8
 from wanrt.kernels.torch_quantize import dequantize, quantize
 
 FP8 = torch.float8_e4m3fn
-SCORES = 1 << 26  # fp32 values that are held at a time
 
 
 class _Prepared(NamedTuple):

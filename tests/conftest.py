@@ -66,7 +66,7 @@ def tiny(spec: WanSpec) -> WanSpec:
         dit=replace(
             spec.dit,
             dim=128,
-            ffn_dim=192,
+            ffn_dim=256,
             num_heads=1,
             num_layers=2,
             text_dim=48,

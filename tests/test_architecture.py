@@ -41,6 +41,7 @@ LINES = {
             "wanrt.weights.load",
             "wanrt.weights.configs",
             "wanrt.weights.layouts",
+            "wanrt.weights.quantize",
             "wanrt.weights.random",
             "wanrt.engine",
         ),
@@ -58,6 +59,7 @@ LINES = {
             "wanrt.planning",
             "wanrt.request",
             "wanrt.tasks",
+            "wanrt.watch",
             "wanrt.nano",
         ),
         _ranks(*range(1, 9)),
@@ -69,6 +71,7 @@ LINES = {
             "wanrt.cli",
             "wanrt.cli_plan",
             "wanrt.cli_provenance",
+            "wanrt.cli_quantize",
             "wanrt.cli_tools",
             "wanrt.progress",
             "wanrt.bench",
@@ -79,7 +82,12 @@ LINES = {
     ),
 }
 # Models reach the ops through their layers.
-OPS_GATES = ("wanrt.models.layers", "wanrt.models.vae_layers")
+OPS_GATES = (
+    "wanrt.models.layers",
+    "wanrt.models.quantized",
+    "wanrt.models.eight_bit",
+    "wanrt.models.vae_layers",
+)
 
 EVERYWHERE = {"torch", "numpy", "triton", "safetensors"}
 # Further files that may import a package, with the reason.
@@ -100,6 +108,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     "typer": {
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
         "wanrt/cli_provenance.py": "the verbs about marks",
+        "wanrt/cli_quantize.py": "likewise",
         "wanrt/cli_tools.py": "the verbs beside `generate`, too long for one file",
     },
 }

@@ -425,7 +425,7 @@ def test_weights_that_overflow(zoo: Any, tmp_path: Path, wanrt: Callable[..., Ou
     save_file(weights, folder / DIT)
     outcome = wanrt(*generate(folder, "-o", tmp_path / "a.mp4", "--steps", 3))
     assert outcome.code == 7 and not outcome.out
-    assert outcome.err.startswith("wanrt: step 1 of 3 gave NaN or infinity")
+    assert outcome.err.startswith("wanrt: step 1 of 3: head.head gave infinity")
     assert outcome.err.count("\n") == 1 and list(tmp_path.iterdir()) == [folder]
 
 

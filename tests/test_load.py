@@ -229,7 +229,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     ),
     "shape": (
         lambda s: s | {"blocks.1.ffn.2.weight": torch.ones(128, 64)},
-        r"blocks.1.ffn.2.weight is \[128, 64\]; in Wan DiT .* it is \[128, 192\]",
+        r"blocks.1.ffn.2.weight is \[128, 64\]; in Wan DiT .* it is \[128, 256\]",
     ),
 }
 

@@ -158,7 +158,7 @@ def test_a_broken_file_leaves_the_model_as_it_was(
     zoo: Any, files: Callable[..., Any], tmp_path: Path
 ) -> None:
     stem = "blocks.1.ffn.2.lora_"
-    broken = {stem + "A.weight": torch.ones(1, 192), stem + "B.weight": torch.ones(128, 1) / 0}
+    broken = {stem + "A.weight": torch.ones(1, 256), stem + "B.weight": torch.ones(128, 1) / 0}
     save_file(broken, tmp_path / "broken.safetensors")
     dit = load_component(zoo.path(T2V), "dit")
     plain = run(dit, zoo.specs[T2V], together=False)

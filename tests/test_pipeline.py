@@ -352,7 +352,7 @@ def test_progress_is_reported(zoo: Any) -> None:
 
 def test_infinite_latents_stop_at_once(zoo: Any, calls: Calls) -> None:
     noise = torch.full((1, 16, 2, 4, 6), float("inf"))
-    with pytest.raises(NumericsError, match="step 1 of 2 gave NaN or infinity") as caught:
+    with pytest.raises(NumericsError, match="step 1 of 2: the latents given hold NaN") as caught:
         zoo.open(T2V).generate(PROMPT, latents=noise, **SHORT)
     assert caught.value.exit_code == 7 and len(calls.steps) == 2
 

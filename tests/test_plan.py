@@ -23,16 +23,20 @@ from wanrt.memory.dit_bytes import (
     latent_bytes,
 )
 from wanrt.memory.measure import LiveBytes
-from wanrt.memory.phases import decode_options
+from wanrt.memory.phases import attention_extra, decode_options
 from wanrt.memory.placement import TYPICAL, Ask
 from wanrt.memory.plan import HOST_FIXED, make_plan
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
 from wanrt.memory.vae_costs import vae_weights
-from wanrt.models.dit import CrossKV, TextCache, TimeEmbedding, WanDiT
-from wanrt.models.layers import Ops
+from wanrt.models.dit import Block, CrossKV, TextCache, TimeEmbedding, WanDiT
+from wanrt.models.eight_bit import make_eight_bit, policy_formats
+from wanrt.models.layers import Chosen, Ops
+from wanrt.models.quantized import EightBitOps, Products, QuantizedLinear, Quantizers
+from wanrt.quant.policy import ATTENTION, EightBit
 from wanrt.weights.load import skeleton
 
 SHARE = 0.05  # by which a plan may be more than what is measured; it is never less
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,6 +48,26 @@ def num_bytes(module: nn.Module, dtype: torch.dtype, names: tuple[str, ...] = ()
         for name, p in module.named_parameters()
         if not names or name in names
     )
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("model", MODELS)
+def test_eight_bit_weights_are_counted_to_the_byte(model: str, precision: EightBit) -> None:
+    """As the policy makes them: eight-bit matrices with their scales, bf16 beside them."""
+    spec, dit = MODELS[model], skeleton("dit", MODELS[model].dit)
+    make_eight_bit(dit, policy_formats(dit, precision), precision, CPU, torch.bfloat16)
+    fp32 = re.compile("|".join((*WanDiT.FP32_NAMES, r"weight_scale$")))
+
+    def counted(names: tuple[str, ...]) -> int:
+        bytes_of = {n: 4 if fp32.search(n) else min(2, p.itemsize) for n, p in named.items()}
+        return sum(named[n].numel() * bytes_of[n] for n in names)
+
+    named = dict(dit.named_parameters())
+    expected = dit_weights(spec.dit, FORMATS[precision])
+    blocks, texts = dit.visits()
+    assert counted(blocks[0].weights) == expected.block
+    assert counted(texts[0].weights) == expected.cross_kv
+    assert counted(tuple(named)) == expected.total
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -65,28 +89,46 @@ def test_weights_are_counted_to_the_byte(model: str, precision: str) -> None:
         assert num_bytes(clip, dtype) == clip_weights(spec.clip, dtype.itemsize).total
 
 
-def ops_of(backend: str) -> Ops:
-    names = {n: backend if getattr(registry.OPS[n], backend) else "torch" for n in Ops._fields}
-    return Ops(*(registry.function(n, b) for n, b in names.items()))
+def ops_of(backend: str, kind: type[Chosen] = Ops) -> Chosen:
+    names = {n: backend if getattr(registry.OPS[n], backend) else "torch" for n in kind._fields}
+    return kind(*(registry.function(n, b) for n, b in names.items()))
 
 
 def fill(module: nn.Module, dtype: torch.dtype) -> None:
-    fp32 = re.compile("|".join(WanDiT.FP32_NAMES))
+    fp32 = re.compile("|".join((*WanDiT.FP32_NAMES, "weight_scale$")))
     for name, p in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        values = torch.empty(p.shape, dtype=torch.float32 if fp32.search(name) else dtype)
+        wanted = torch.float32 if fp32.search(name) else min(dtype, p.dtype, key=by_size)
+        values = torch.empty(p.shape, dtype=wanted)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+
+
+def by_size(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def use_backend(dit: WanDiT, precision: EightBit, backend: str) -> None:
+    """Eight-bit products and attention of this backend, whatever the machine would choose."""
+    make_eight_bit(dit, policy_formats(dit, precision), precision, CPU, torch.bfloat16)
+    ops = EightBitOps(ops_of(backend, Quantizers), ops_of(backend, Products))
+    for part in dit.modules():
+        if isinstance(part, QuantizedLinear):
+            part.ops = ops
+        if isinstance(part, Block):
+            part.attend = registry.function(ATTENTION[precision], backend)
 
 
 @torch.inference_mode()
 def traced_step(
     spec: WanSpec, tokens: Tokens, size: tuple[int, int, int], dtype: torch.dtype,
-    backend: str, branches: int
+    backend: str, branches: int, precision: EightBit | None = None
 ) -> int:  # fmt: skip
     """Peak bytes of a forward pass of some blocks at real sizes, in fake tensors."""
     d, text = spec.dit, []
     with FakeTensorMode():
         dit = WanDiT(d, ops_of(backend))
+        if precision is not None:
+            use_backend(dit, precision, backend)
         fill(dit, dtype)
         rows = torch.empty(1, d.num_heads, tokens.text, d.head_dim, dtype=dtype)
         image = torch.empty(1, d.num_heads, tokens.image, d.head_dim, dtype=dtype)
@@ -116,6 +158,23 @@ TRACED = [
     ("wan2.2-ti2v-5b", 1280, 704, 121),
     ("nano", 96, 96, 33),
 ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("model,width,height,frames", TRACED[:3])
+def test_a_traced_eight_bit_step_peaks_where_the_plan_says(
+    model: str, width: int, height: int, frames: int, backend: str, precision: EightBit
+) -> None:
+    spec, fused = MODELS[model], backend == "triton"
+    spec = replace(spec, dit=replace(spec.dit, num_layers=2))
+    tokens = count_tokens(spec, width, height, frames, text=60)
+    size = ((frames - 1) // 4 + 1, height // 8, width // 8)
+    measured = traced_step(spec, tokens, size, torch.bfloat16, backend, 1, precision)
+    extra = attention_extra(spec.dit, tokens, FORMATS[precision], fused)
+    planned = activation_bytes(spec.dit, tokens, 2, 1, fused, extra)
+    assert measured <= planned + latent_bytes(spec.dit, tokens)
+    assert planned <= measured * (1 + SHARE)
 
 
 @pytest.mark.parametrize("branches", [1, 2])

@@ -73,7 +73,7 @@ def requantised(path: Path, model: WanSpec, change: Change, **metadata: str) -> 
     return path
 
 
-ROWS = torch.linspace(0.5, 2.0, 192)
+ROWS = torch.linspace(0.5, 2.0, 256)
 
 
 def row_scales(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wanrt.loras import Use
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.quantized import QuantizedLinear
 
 
 class _Branched(NamedTuple):
@@ -26,8 +27,9 @@ class _Difference(NamedTuple):
 class Adapter:
     """Side branches beside the matrices, and weights replaced by base + difference.
 
-    Base weights that lie on the device are kept while they are replaced; those that stream are
-    changed in the ring's buffer, at every visit.
+    A matrix of eight bits is never made anew: its difference is a product of its own. Other base
+    weights that lie on the device are kept while they are replaced; those that stream are changed
+    in the ring's buffer, at every visit.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -56,14 +58,15 @@ class Adapter:
         """Attach nothing before everything is read: a broken file leaves the model as it was."""
         branches, differences = {}, {}
         for name in dict.fromkeys(name for use in uses for name in use.fit.names):
-            weight = self._module.get_parameter(name)
+            owner, weight = self._owner(name), self._module.get_parameter(name)
+            dtype = owner.dtype if isinstance(owner, QuantizedLinear) else weight.dtype
             parts, own = [], []
             for i, use in enumerate(uses):
                 if name not in use.fit.names:
                     continue
                 change = use.read(name, tuple(weight.shape))
                 if change.low_rank is not None:
-                    parts.append([p.to(self._device, weight.dtype) for p in change.low_rank])
+                    parts.append([p.to(self._device, dtype) for p in change.low_rank])
                     own.append(i)
                 if change.diff is not None:
                     values = change.diff.to(self._device)
@@ -71,13 +74,17 @@ class Adapter:
             if parts:
                 branches[name] = _Branched(LowRankBranch.join(parts), tuple(own))
         for name, branched in branches.items():
-            self._module.get_submodule(name.removesuffix(".weight")).branch = branched.branch
+            self._owner(name).branch = branched.branch
         self._branches, self._differences = list(branches.values()), differences
 
     def _apply_differences(self, strengths: Sequence[float]) -> None:
         streamed = {}
         for name, parts in self._differences.items():
             delta = sum(part.values * strengths[part.use] for part in parts)
+            owner = self._owner(name)
+            if isinstance(owner, QuantizedLinear) and name.endswith(".weight"):
+                owner.difference = delta.to(owner.dtype)
+                continue
             if self._stream is not None and self._stream.streams(name):
                 streamed[name] = delta
                 continue
@@ -88,12 +95,18 @@ class Adapter:
         if self._stream is not None:
             self._stream.change(streamed)
 
+    def _owner(self, name: str) -> nn.Module:
+        """The module that has a weight."""
+        return self._module.get_submodule(name.rpartition(".")[0])
+
     def _take_off(self) -> None:
         for use in self._uses:
             for name in use.fit.names:
-                owner = self._module.get_submodule(name.rpartition(".")[0])
+                owner = self._owner(name)
                 if hasattr(owner, "branch"):
                     owner.branch = None
+                if isinstance(owner, QuantizedLinear):
+                    owner.difference = None
         for name, base in self._base.items():
             assign(self._module, name, base)
         if self._stream is not None:

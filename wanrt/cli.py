@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import wanrt
-from wanrt import cli_plan, cli_provenance, cli_tools
+from wanrt import cli_plan, cli_provenance, cli_quantize, cli_tools
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
@@ -49,6 +49,7 @@ app = typer.Typer(
     help=wanrt.__doc__,
 )
 app.command()(cli_plan.plan)
+app.command()(cli_quantize.quantize)
 cli_tools.add_to(app)
 cli_provenance.add_to(app)
 
@@ -61,7 +62,7 @@ def _choices(name: str, *values: str) -> type[StrEnum]:
 
 Task = _choices("Task", "auto", "t2v", "t2i", "i2v", "flf2v", "vace")
 Solver = _choices("Solver", "unipc", "dpm++", "euler")
-Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16")
+Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16", "fp8", "int8")
 Device = _choices("Device", "auto", "cuda", "cpu")
 Noise = _choices("Noise", "cpu", "cuda")
 Codec = _choices("Codec", "h264", "hevc", "av1")
@@ -117,7 +118,9 @@ def generate(
     noise: Annotated[Noise, _in(_SAMPLING, "Generator of the noise (cpu).")] = Noise.cpu,
     negative: Annotated[str | None, _in(_SAMPLING, 'What not to show; "" for nothing.')] = None,
     prompts: Annotated[Path | None, _in(_INPUTS, "A file with one prompt per line.")] = None,
-    precision: Annotated[Precision, _in(_MODEL, "auto, fp32, bf16 or fp16.")] = Precision.auto,
+    precision: Annotated[
+        Precision, _in(_MODEL, "auto, fp32, bf16, fp16, fp8 or int8.")
+    ] = Precision.auto,
     device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
     vram: Annotated[str | None, _in(_MODEL, "Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, _in(_MODEL, "Budget of host memory, as 32G.")] = None,

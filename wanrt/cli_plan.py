@@ -24,6 +24,7 @@ from wanrt.weights.parts import find_parts
 from wanrt.weights.random import find_variant
 
 WIDE = 160  # columns of a table that no terminal needs to wrap
+PRECISIONS = tuple(name for name in FORMATS if "/" not in name)
 _CPU = torch.device("cpu")
 _COLUMNS = ("phase", "weights", "ring", "streamed", "activations", "caches", "peak")
 
@@ -32,7 +33,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     frames: Annotated[int | None, typer.Option(help="4n+1.")] = None,
-    precision: Annotated[str, typer.Option(help=", ".join(FORMATS) + ".")] = "bf16",
+    precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS) + ".")] = "bf16",
     vram: Annotated[str | None, typer.Option(help="Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, typer.Option(help="Budget of host memory, as 32G.")] = None,
     text_tokens: Annotated[int, typer.Option(help="Of the longer prompt.")] = TEXT_ROWS,
@@ -40,8 +41,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what a request will hold on the device, phase by phase; reads no weights."""
-    if precision not in FORMATS:
-        raise UsageError(f"precision {precision!r} does not exist; choose of {', '.join(FORMATS)}")
+    if precision not in PRECISIONS:
+        choices = ", ".join(PRECISIONS)
+        raise UsageError(f"precision {precision!r} does not exist; choose of {choices}")
     spec = _spec(model, offline)
     width, height = parse_size(size)
     width, height = width or spec.defaults.size[0], height or spec.defaults.size[1]
@@ -63,7 +65,9 @@ def _spec(model: str, offline: bool) -> WanSpec:
         return find_variant(model)
     path = resolve_model(model, offline=offline)
     parts = find_parts(path)
-    return open_parts(parts, f"{model} {path}", "auto", _CPU, False, lambda *_: None).spec
+    return open_parts(
+        parts, f"{model} {path} {parts.dit}", "auto", _CPU, False, lambda *_: None
+    ).spec
 
 
 def show(plan: Plan, console: Console) -> None:

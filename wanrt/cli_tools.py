@@ -77,7 +77,7 @@ def _spec_of(model: str, offline: bool) -> WanSpec:
     path = resolve_model(model, offline=offline)
     parts = find_parts(path)
     parts.require("dit")
-    return identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path}")
+    return identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path} {parts.dit}")
 
 
 def _record(found: Detected) -> dict[str, Any]:

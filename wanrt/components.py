@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,15 @@ from wanrt.adapter import Adapter
 from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
+from wanrt.kernels import registry
+from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
 from wanrt.memory.prompt_cache import PromptCache
+from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
+from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, read_spiece
 from wanrt.weights.names import Kind
@@ -35,26 +40,50 @@ _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between r
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Weight dtype of each part. On a CPU the VAE is fp32, as it is in the reference."""
+    """Weight dtype of each part. On a CPU the VAE is fp32, as it is in the reference.
 
-    name: str  # fp32, bf16, fp16
+    With `eight_bit`, the transformer's blocks are int8 or fp8, and `dit` is the dtype of the rest.
+    """
+
+    name: str  # fp32, bf16, fp16, fp8, int8
     dit: torch.dtype
     umt5: torch.dtype
     clip: torch.dtype
     vae: torch.dtype = torch.float32
+    eight_bit: EightBit | None = None
+
+    @property
+    def format(self) -> str:
+        """Its name in `memory.dit_bytes.FORMATS`."""
+        whole = self.eight_bit and self.dit == torch.float32
+        return f"{self.name}/fp32" if whole else self.name
 
 
-def choose_dtypes(precision: Precision, num_params: int, device: torch.device) -> Dtypes:
-    """What `auto` means: fp32 for small models, bf16 matmuls for the released ones."""
+def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> Dtypes:
+    """What `auto` means: a quantised file as it is; fp32 for small models, else bf16 matmuls.
+
+    fp8 files are widened where the device does not multiply fp8.
+    """
+    plain = "fp32" if dit.num_params <= _SMALL_PARAMS else "bf16"
     if precision == "auto":
-        precision = "fp32" if num_params <= _SMALL_PARAMS else "bf16"
-    if precision not in _DTYPES:
-        raise UsageError(f"precision {precision!r} does not exist; choose auto, fp32, bf16 or fp16")
-    dtype = _DTYPES[precision]
+        precision = plain
+        if dit.precision == "int8":
+            precision = "int8"
+        elif dit.precision in ("fp8", "fp8_scaled") and _multiplies_fp8(device):
+            precision = "fp8"
+    eight_bit = precision if precision in ("fp8", "int8") else None
+    if eight_bit is None and precision not in _DTYPES:
+        choices = "auto, fp32, bf16, fp16, fp8 or int8"
+        raise UsageError(f"precision {precision!r} does not exist; choose {choices}")
+    dtype = _DTYPES[plain if eight_bit else precision]
     text = torch.bfloat16 if dtype == torch.float16 else dtype  # umT5 overflows in fp16
-    if device.type != "cuda":
-        return Dtypes(precision, dtype, text, torch.float32)
-    return Dtypes(precision, dtype, text, dtype, dtype)
+    cuda = device.type == "cuda"
+    image = dtype if cuda else torch.float32
+    return Dtypes(precision, dtype, text, image, image, eight_bit)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and registry.here(device="cuda").arch >= MIN_ARCH_FP8
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,16 +144,33 @@ class Components:
         placement = self._placement(name)
         streams = placement is not None and placement.slots > 0
         own = self.shelf.uses(self.loras, expert)
+        merges = not streams and self.dtypes.eight_bit is None
         if name not in self._loaded:
-            changes = {} if streams else self.shelf.merges(own)
+            changes = self.shelf.merges(own) if merges else {}
             module = self._get(name, "dit", self.dtypes.dit, changes)
             self._adapters[name] = Adapter(module, self.device)
         asked = self.shelf.uses(loras, expert)
-        self._adapters[name].put_on((*own, *asked) if streams else asked)
+        self._adapters[name].put_on(asked if merges else (*own, *asked))
         return self._loaded[name]
 
     def vae(self) -> nn.Module:
         return self._get("vae", "vae", self.dtypes.vae)
+
+    def safer(self, part: Literal["dit", "vae"]) -> str | None:
+        """After NaN: run a part one notch safer from now on. What changed; None: nothing is left.
+
+        Eight-bit transformers give up attention, then activations, in eight bits. fp16, whose
+        numbers end at 65504, becomes bf16; such a part is read again.
+        """
+        names = ("dit", "low_noise") if part == "dit" else ("vae",)
+        changed = [safer(self._loaded[n]) for n in names if part == "dit" and n in self._loaded]
+        if any(changed):
+            return next(filter(None, changed))
+        if getattr(self.dtypes, part) != torch.float16:
+            return None
+        self.dtypes = replace(self.dtypes, **{part: torch.bfloat16})
+        self._drop(*names)
+        return "bf16 instead of fp16"
 
     def umt5(self) -> nn.Module:
         return self._get("umt5", "umt5", self.dtypes.umt5)
@@ -208,6 +254,7 @@ class Components:
                 progress=lambda done, total: self.report(f"load {name}", done, total),
                 placement=self._placed[name],
                 changes=changes,
+                eight_bit=self.dtypes.eight_bit if kind == "dit" else None,
             )
         return self._loaded[name]
 
@@ -281,6 +328,6 @@ def open_parts(
     spec = identify(dit, parts.low_noise is not None, name)
     own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
     spec = replace(spec, **own)
-    dtypes = choose_dtypes(precision, dit.num_params, device)
+    dtypes = choose_dtypes(precision, dit, device)
     keep = sum(d.num_bytes for d in parts.found.values()) <= _KEEP_SHARE * memory_bytes(device)
     return Components(parts, spec, dtypes, device, check, keep, report)

@@ -1,5 +1,6 @@
 """The transformer of one request: the expert that a step wants, its texts, its velocities."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -9,8 +10,12 @@ from torch import Tensor, nn
 from wanrt.components import Components
 from wanrt.conditions import Conditions
 from wanrt.config import Lora
+from wanrt.errors import NumericsError
 from wanrt.guidance import Expert
 from wanrt.planning import within_memory
+from wanrt.watch import find_culprit, healthy
+
+log = logging.getLogger("wanrt")
 
 
 class Velocities(NamedTuple):
@@ -47,11 +52,39 @@ class Denoiser:
         self._loras = loras
         self._loaded: _Loaded | None = None
 
-    def velocities(self, x: Tensor, t: float, expert: Expert, guided: bool) -> Velocities:
-        """x: latents fp32 `[1, C, T, h, w]`; t in [0, 1000]."""
-        return within_memory(
-            self._components, "step", lambda: self._compute(x, t, expert, guided), self._let_go
-        )
+    def velocities(
+        self, x: Tensor, t: float, expert: Expert, guided: bool, step: str = "the step"
+    ) -> Velocities:
+        """x: latents fp32 `[1, C, T, h, w]`; t in [0, 1000]; `step` is what messages call it.
+
+        Where numbers go wrong, the step is computed again one notch safer. Raises NumericsError
+        when no notch is left.
+        """
+
+        def compute() -> Velocities:
+            return self._compute(x, t, expert, guided)
+
+        while True:
+            found = within_memory(self._components, "step", compute, self._let_go)
+            if healthy(*found):
+                return found
+            if not healthy(x):
+                raise NumericsError(f"{step}: the latents given hold NaN or infinity")
+            self._be_safer(step, compute)
+
+    def _be_safer(self, step: str, compute: Callable[[], Velocities]) -> None:
+        assert self._loaded is not None
+        culprit = find_culprit(self._loaded.dit, compute)
+        where = f"{culprit.layer} gave {culprit.saw}" if culprit else "the velocity went wrong"
+        now = self._components.dtypes.name
+        self._let_go()
+        changed = self._components.safer("dit")
+        if changed is None:
+            raise NumericsError(
+                f"{step}: {where}, and nothing safer than {now} as it runs now is left; is the "
+                "checkpoint sound? (try --precision fp32)"
+            )
+        log.warning("%s: %s in %s; once more: %s", step, where, now, changed)
 
     def release(self) -> None:
         """Let the transformer go, unless it fits beside everything else."""

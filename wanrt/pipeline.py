@@ -33,6 +33,7 @@ from wanrt.media.result import Video
 from wanrt.memory.plan import Plan
 from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request, within_memory
 from wanrt.request import Request, check_embeds, resolve
+from wanrt.watch import healthy
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
 
@@ -109,7 +110,7 @@ class Pipeline:
         budgets = Budgets.parse(vram, ram)
         path = resolve_model(model, offline=offline)
         parts = find_parts(path, text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise)
-        name = f"{model} {path}"
+        name = f"{model} {path} {parts.dit}"
         components = open_parts(parts, name, precision, choose_device(device), check, report)
         components.loras = parse_loras(loras)
         components.shelf.check(components.loras)
@@ -286,12 +287,9 @@ class Pipeline:
         for i, t in enumerate(timesteps.tolist()):
             expert = expert_for(t, spec.boundary)
             guidance = guidance_for(expert, request.guidance, request.guidance_low)
-            velocity = denoiser.velocities(x, t, expert, guided=guidance != 1.0)
+            step = f"step {i + 1} of {len(timesteps)}"
+            velocity = denoiser.velocities(x, t, expert, guidance != 1.0, step)
             x = conditions.impose(solver.step(guide(*velocity, guidance), x))
-            if not torch.isfinite(x).all():
-                raise NumericsError(
-                    f"step {i + 1} of {len(timesteps)} gave NaN or infinity; try --precision fp32"
-                )
             if on_step is not None:
                 on_step(Step(i, len(timesteps), t, float(sigmas[i]), x))
         denoiser.release()
@@ -333,14 +331,15 @@ class Pipeline:
         nearest = run.request.task == "t2i"
         chunks: Iterator[Tensor] | None = None
 
-        def next_pixels() -> np.ndarray:
+        def next_pixels() -> np.ndarray | None:
             nonlocal chunks
             if chunks is None:
                 with run.timed("load"):
                     vae = self.components.vae()
                 chunks = self._decoded(vae, latents, skip=done)
             with run.timed("decode"):
-                return to_uint8(next(chunks)[0], nearest=nearest).cpu().numpy()
+                pixels = next(chunks)[0]
+                return to_uint8(pixels, nearest=nearest).cpu().numpy() if healthy(pixels) else None
 
         def let_go() -> None:
             nonlocal chunks
@@ -348,11 +347,22 @@ class Pipeline:
 
         while done < total:
             pixels = within_memory(self.components, "decode", next_pixels, let_go)
+            if pixels is None:
+                let_go()
+                self._decode_safer(done)
+                continue
             done += 1
             report("decode", done, total)
             yield pixels
         let_go()
         self.components.release("vae")
+
+    def _decode_safer(self, frame: int) -> None:
+        """After NaN. Raises NumericsError where the VAE is as safe as it can be."""
+        changed, where = self.components.safer("vae"), f"decoding latent frame {frame + 1}"
+        if changed is None:
+            raise NumericsError(f"{where} gave NaN or infinity; is the VAE's file sound?")
+        log.warning("%s gave NaN or infinity; once more: %s", where, changed)
 
     def _decoded(self, vae: nn.Module, latents: Tensor, skip: int) -> Iterator[Tensor]:
         """Pixels `[1, 3, F, H, W]` of every latent frame but the first `skip`."""

@@ -56,7 +56,7 @@ def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:
     device = components.device
     vram = free_bytes(device) if budgets.vram is None else budgets.vram
     ram = budgets.ram or int(HOST_SHARE * memory_bytes(torch.device("cpu")))
-    plan = make_plan(components.spec, ask, components.dtypes.name, vram, ram, machine_of(device))
+    plan = make_plan(components.spec, ask, components.dtypes.format, vram, ram, machine_of(device))
     if device.type == "cuda":
         enforce(vram, device)
     return plan

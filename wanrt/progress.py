@@ -17,7 +17,7 @@ from rich.progress import (
 
 from wanrt.pipeline import Step
 
-_BYTES = "load"  # phases that count bytes, not steps
+_BYTES = ("load", "quantize")  # phases that count bytes, not steps
 
 
 class Bars:
@@ -50,7 +50,7 @@ class Bars:
         self._tasks.clear()
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total`, in MiB where the phase loads a part."""
+        """`done` of `total`, in MiB where the phase loads or rewrites a part."""
         if self._silent:
             return
         if self._progress is None:

@@ -33,6 +33,8 @@ FORMATS = {
     "fp16": Format("fp16", 2, 2),
     "fp8": Format("fp8", 1, 2),
     "int8": Format("int8", 1, 2),
+    "fp8/fp32": Format("fp8/fp32", 1, 4),  # small models keep the rest in fp32
+    "int8/fp32": Format("int8/fp32", 1, 4),
 }
 
 
@@ -137,18 +139,18 @@ def condition_bytes(spec: DitSpec, tokens: Tokens) -> int:
 
 
 def activation_bytes(
-    spec: DitSpec, tokens: Tokens, element: int, branches: int, fused: bool
+    spec: DitSpec, tokens: Tokens, element: int, branches: int, fused: bool, extra: int = 0
 ) -> int:
     """The most a forward pass holds beside weights, text cache and latents.
 
     `branches` texts go through together; `fused`: norms and rotation are single kernels (Triton),
-    else PyTorch's, which make fp32 copies.
+    else PyTorch's, which make fp32 copies. `extra`: what attention makes beside its result.
     """
     n = tokens.length * spec.dim
     streams = branches * (2 if spec.vace_layers else 1) * _FP32 * n
     return streams + max(
         _project(n, element, tokens.levels, fused),
-        4 * element * n,  # q, k, v and the attention's result
+        4 * element * n + extra,  # q, k, v and the attention's result
         _feed_forward(spec, tokens, element, fused),
         _FP32 * n + tokens.length * spec.out_dim * 4 * _FP32,  # the head, in fp32
     )

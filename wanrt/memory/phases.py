@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from wanrt.config import VaeWork, WanSpec
-from wanrt.kernels.limits import heads_at_once
+from wanrt.config import DitSpec, VaeWork, WanSpec
+from wanrt.kernels.limits import SCORES, heads_at_once
 from wanrt.memory.dit_bytes import (
     DitWeights,
     Format,
@@ -99,9 +99,8 @@ def dit_options(
     orders: tuple[Guidance, ...] = ("sequential", "interleaved") if ask.guided else ("none",)
     for order in orders:
         passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
-        held = activation_bytes(spec.dit, tokens, form.other, together, machine.fused)
-        if form.quantised:
-            held += _quantised_extra(spec, tokens)
+        extra = attention_extra(spec.dit, tokens, form, machine.fused) if form.quantised else 0
+        held = activation_bytes(spec.dit, tokens, form.other, together, machine.fused, extra)
         branches = 2 if ask.guided else 1
         caches = branches * text_cache_bytes(spec.dit, tokens, form.other)
         caches += latent_bytes(spec.dit, tokens)
@@ -164,11 +163,20 @@ def step_operations(spec: WanSpec, tokens: Tokens) -> float:
     return 2.0 * blocks * tokens.length * (matrices + attention)
 
 
-def _quantised_extra(spec: WanSpec, tokens: Tokens) -> int:
-    """What eight-bit attention makes of q, k and v before its products, some heads at a time."""
-    size = spec.dit.head_dim
-    heads = heads_at_once(tokens.length, tokens.length, size, value_bytes=2)
-    return 4 * tokens.length * size * min(heads, spec.dit.num_heads)
+def attention_extra(spec: DitSpec, tokens: Tokens, form: Format, fused: bool) -> int:
+    """What eight-bit attention makes of q, k and v before its products, some heads at a time.
+
+    int8 q and k with an fp32 scale for each row of a head, and v in fp16 or fp8. PyTorch's makes
+    fp32 copies of everything, and for fp8 some scores twice (`kernels/torch_attention.py`).
+    """
+    fp8 = form.name.startswith("fp8")
+    if not fused:
+        n = tokens.length * spec.dim
+        return 17 * n + n // 10 + 2 * SCORES * 4 if fp8 else 19 * n + n // 2
+    value_bytes = 1 if fp8 else 2
+    size, length = spec.head_dim, tokens.length
+    heads = min(heads_at_once(length, length, size, value_bytes), spec.num_heads)
+    return heads * length * ((2 + value_bytes) * size + 2 * 4)
 
 
 def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:

@@ -36,6 +36,7 @@ from wanrt.models.layers import (
     SelfAttention,
     Visit,
     inverse_frequencies,
+    modulated,
     reusable,
     weights_of,
 )
@@ -114,6 +115,7 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, spec.eps, ops)
         self.cross_attn = CrossAttention(dim, spec.num_heads, spec.eps, image, ops)
         self.ffn = FeedForward(dim, spec.ffn_dim, ops=ops)
+        self.attend = ops.attention  # of the tokens to each other
 
     def forward(
         self,
@@ -124,21 +126,17 @@ class Block(nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
-        dtype, ops = self.ffn[0].weight.dtype, self.ops
-        row = Modulation(self.modulation + time.e0, time.level).row
+        ops, row = self.ops, Modulation(self.modulation + time.e0, time.level).row
         q, k, v = self.self_attn.project(
-            ops.layer_norm_modulate(x, row(1), row(0), self.eps, dtype), freqs
+            modulated(x, row, 0, self.eps, self.self_attn.inputs, ops), freqs
         )
-        y = ops.attention(q, k, v)
+        y = self.attend(q, k, v)
         del q, k, v  # at real sizes these are gigabytes: each goes as soon as it was used
-        y = self.self_attn.output(y)
-        x = ops.gated_residual(x, y, row(2), reusable(x))
+        x = self.self_attn.add_to(x, y, row(2))
         del y
-        y = self.cross_attn(self.norm3(x, dtype), kv, key_bias)
-        x = torch.add(x, y, out=reusable(x))
-        del y
-        y = self.ffn(ops.layer_norm_modulate(x, row(4), row(3), self.eps, dtype))
-        return ops.gated_residual(x, y, row(5), reusable(x))
+        x = self.cross_attn.add_to(x, self.norm3, kv, key_bias)
+        y = modulated(x, row, 3, self.eps, (self.ffn[0],), ops)
+        return self.ffn.add_to(x, y, row(5), ops)
 
 
 class VaceBlock(Block):

@@ -6,7 +6,7 @@ rotary embedding, residual stream) is computed in fp32, whatever the weights are
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,8 +17,10 @@ from wanrt import env
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
 from wanrt.kernels.limits import FEED_FORWARD_ROWS
+from wanrt.kernels.reference import Quantized
 from wanrt.kernels.target import UnsupportedOp
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.quantized import QuantizedLinear
 
 log = logging.getLogger("wanrt")
 
@@ -39,12 +41,15 @@ TORCH = Ops(*(getattr(torch_ops, name) for name in Ops._fields))
 Chosen = TypeVar("Chosen", bound=tuple)
 
 
-def choose(ops: type[Chosen], device: torch.device, dtype: torch.dtype) -> Chosen:
+def choose(
+    ops: type[Chosen], device: torch.device, dtype: torch.dtype, result: torch.dtype | None = None
+) -> Chosen:
     """Fill a tuple of ops with the best backend of each for a device and dtype of activations.
 
-    Raises UsageError, with every backend's reason, where one of them cannot be done.
+    `result`: the eight-bit dtype that they make. Raises UsageError, with every backend's reason,
+    where one of them cannot be done.
     """
-    target = registry.here(dtype, device.type)
+    target = registry.here(dtype, device.type, result)
     try:
         choices = [registry.resolve(name, target, env.ops_backend()) for name in ops._fields]
     except UnsupportedOp as error:
@@ -79,11 +84,61 @@ class Linear(nn.Linear):
     """A matrix product in its weight's dtype, and what LoRAs add to it."""
 
     branch: LowRankBranch | None = None  # no parameter: it stays where it is when weights move
+    input_form = None  # it takes no eight-bit activations
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the product runs."""
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         y = F.linear(x, self.weight, self.bias)
         return y if self.branch is None else self.branch.add_to(y, x)
+
+
+Product = Linear | QuantizedLinear
+
+
+def modulated(
+    x: Tensor,
+    row: Callable[[int], Tensor],
+    i: int,
+    eps: float,
+    products: Sequence[Product],
+    ops: Ops,
+) -> Tensor | Quantized:
+    """LN(x) * (1 + row(i + 1)) + row(i), in the form that all these products take.
+
+    The rows may be as large as x: nothing here holds them while the op works.
+    """
+    first, form = products[0], products[0].input_form
+    if form is None or any(product.input_form != form for product in products):
+        return ops.layer_norm_modulate(x, row(i + 1), row(i), eps, first.dtype)
+    make = first.ops.make.layer_norm_modulate_quantize
+    return make(x, row(i + 1), row(i), eps, form.dtype, form.rotated)
+
+
+def normalised(x: Tensor, norm: "LayerNorm", product: Product) -> Tensor | Quantized:
+    """norm(x), in the form that this product takes."""
+    form = product.input_form
+    if form is None:
+        return norm(x, product.dtype)
+    scale, shift = (norm.weight - 1)[None, None], norm.bias[None, None]
+    make = product.ops.make.layer_norm_modulate_quantize
+    return make(x, scale, shift, norm.eps, form.dtype, form.rotated)
+
+
+def add_product(
+    residual: Tensor, x: Tensor | Quantized, gate: Tensor | None, product: Product, ops: Ops
+) -> Tensor:
+    """residual + gate * product(x), fp32; overwrites the residual where autograd is off."""
+    if product.input_form is not None and not torch.is_grad_enabled():
+        return product.add_to(residual, x, gate)
+    y = product(x)
+    if gate is None:
+        return torch.add(residual, y, out=reusable(residual))
+    return ops.gated_residual(residual, y, gate, reusable(residual))
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -151,16 +206,49 @@ class FeedForward(nn.Sequential):
         last = Linear(hidden_dim, out_dim or dim)
         super().__init__(Linear(dim, hidden_dim), Gelu(ops=ops), last)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         """x [B, L, D] -> [B, L, out]."""
-        if x.shape[1] <= FEED_FORWARD_ROWS or torch.is_grad_enabled():
-            return super().forward(x)
-        y = x.new_empty(*x.shape[:2], self[2].out_features, dtype=self[2].weight.dtype)
-        for source, target in zip(
-            x.split(FEED_FORWARD_ROWS, 1), y.split(FEED_FORWARD_ROWS, 1), strict=True
-        ):
-            target.copy_(super().forward(source))
+        b, length, _ = shape = x.values.shape if isinstance(x, Quantized) else x.shape
+        if length <= FEED_FORWARD_ROWS or torch.is_grad_enabled():
+            return self[2](self._hidden(x))
+        y = torch.empty(
+            *shape[:2], self[2].out_features, dtype=self[2].dtype, device=self[2].weight.device
+        )
+        for rows in _parts(length):
+            y[:, rows] = self[2](self._hidden(_rows(x, rows)))
         return y
+
+    def add_to(self, residual: Tensor, x: Tensor | Quantized, gate: Tensor, ops: Ops) -> Tensor:
+        """residual + gate * self(x), fp32 [B, L, D]; overwrites it where autograd is off."""
+        if self[2].input_form is None or torch.is_grad_enabled():
+            return ops.gated_residual(residual, self(x), gate, reusable(residual))
+        gates = gate.expand(len(residual), -1, -1)
+        for i in range(len(residual)):
+            sample = slice(i, i + 1)
+            for rows in _parts(residual.shape[1]):
+                hidden = self._hidden(_rows(x, rows, sample))
+                own = gates[sample] if gate.shape[1] == 1 else gates[sample, rows]
+                self[2].add_to(residual[sample, rows], hidden, own)
+        return residual
+
+    def _hidden(self, x: Tensor | Quantized) -> Tensor | Quantized:
+        """In the form that the second product takes."""
+        first, gelu, second = self
+        if isinstance(first, QuantizedLinear):
+            return first.gelu(x, second.input_form)
+        return gelu(first(x))
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """Rows that go through the hidden width together."""
+    for start in range(0, length, FEED_FORWARD_ROWS):
+        yield slice(start, min(start + FEED_FORWARD_ROWS, length))
+
+
+def _rows(x: Tensor | Quantized, rows: slice, samples: slice = slice(None)) -> Tensor | Quantized:
+    if isinstance(x, Quantized):
+        return Quantized(x.values[samples, rows], x.scale[samples, rows])
+    return x[samples, rows]
 
 
 class RopeTables:
@@ -226,16 +314,21 @@ class SelfAttention(nn.Module):
         self.v, self.o = Linear(dim, dim), Linear(dim, dim)
         self.norm_q, self.norm_k = RMSNorm(dim, eps, ops), RMSNorm(dim, eps, ops)
 
-    def project(self, x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def inputs(self) -> tuple[Product, ...]:
+        """The products that take what `project` is given."""
+        return self.q, self.k, self.v
+
+    def project(self, x: Tensor | Quantized, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D], freqs [L, hd / 2, 2] -> q, k, v [B, H, L, hd]."""
         norm_rope = self.ops.rms_norm_rope
         q = norm_rope(self.q(x), self.norm_q.weight, freqs, self.num_heads, self.eps)
         k = norm_rope(self.k(x), self.norm_k.weight, freqs, self.num_heads, self.eps)
         return q, k, _split_heads(self.v(x), self.num_heads)
 
-    def output(self, y: Tensor) -> Tensor:
-        """What the attention made, [B, H, L, hd] -> [B, L, D]."""
-        return self.o(_join_heads(y))
+    def add_to(self, residual: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """residual + gate * (what the attention made, y [B, H, L, hd]), fp32 [B, L, D]."""
+        return add_product(residual, _join_heads(y), gate, self.o, self.ops)
 
 
 class CrossAttention(nn.Module):
@@ -263,14 +356,24 @@ class CrossAttention(nn.Module):
         k_image = heads(self.norm_k_img(self.k_img(image)))
         return kv._replace(k_image=k_image, v_image=heads(self.v_img(image)))
 
-    def forward(self, x: Tensor, kv: CrossKV, key_bias: Tensor | None = None) -> Tensor:
-        """x [B, L, D]; key_bias [B or 1, n] is added to the scores of the text -> [B, L, D]."""
-        q = _split_heads(self.norm_q(self.q(x)), self.num_heads)
+    def add_to(
+        self, residual: Tensor, norm: LayerNorm, kv: CrossKV, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """residual + attention(norm(residual)), fp32 [B, L, D].
+
+        key_bias [B or 1, n] is added to the scores of the text.
+        """
+        y = self._mix(self.norm_q(self.q(normalised(residual, norm, self.q))), kv, key_bias)
+        return add_product(residual, y, None, self.o, self.ops)
+
+    def _mix(self, q: Tensor, kv: CrossKV, key_bias: Tensor | None) -> Tensor:
+        """What the text and, apart, the image have for each token: q and result [B, L, D]."""
+        q = _split_heads(q, self.num_heads)
         bias = None if key_bias is None else key_bias[:, None, None]
         y = self._attend(q, kv.k, kv.v, bias)
         if kv.k_image is not None and kv.v_image is not None:
             y = torch.add(y, self._attend(q, kv.k_image, kv.v_image), out=reusable(y))
-        return self.o(_join_heads(y))
+        return _join_heads(y)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         batch = q.shape[0]  # one context may serve every sample

@@ -4,7 +4,6 @@ The inverse of loading, with the same tables of names. The values come from a fu
 file serves random weights and the export of trained ones alike.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +14,19 @@ import torch
 from torch import Tensor
 
 from wanrt.config import ClipSpec, VaeSpec, WanSpec
-from wanrt.errors import OutputError
 from wanrt.weights import configs
 from wanrt.weights.load import skeleton
 from wanrt.weights.names import Kind, Source, to_diffusers
 from wanrt.weights.quantised import quantise
 from wanrt.weights.specs import Spec
-from wanrt.weights.writer import MAX_SHARD, Piece, write_json, write_pickle, write_sharded
+from wanrt.weights.writer import (
+    MAX_SHARD,
+    Piece,
+    check_space,
+    write_json,
+    write_pickle,
+    write_sharded,
+)
 
 Layout = Literal["original", "diffusers", "comfyui"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8_scaled"]
@@ -71,7 +76,7 @@ def write_model(
     planned = [(f, list(_pieces(f, layout, values, precision))) for f in files]
     sizes = {file.path: sum(piece.num_bytes for piece in pieces) for file, pieces in planned}
     scratch = max((size for path, size in sizes.items() if path.suffix == ".pth"), default=0)
-    _check_space(out, sum(sizes.values()) + scratch)
+    check_space(out, sum(sizes.values()) + scratch)
     for file, pieces in planned:
         if file.path.suffix == ".pth":
             write_pickle(file.path, pieces)
@@ -187,11 +192,3 @@ def _shapes(kind: Kind, spec: Spec) -> dict[str, tuple[int, ...]]:
 def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
     inside = name.startswith(("blocks.", "vace_blocks."))
     return inside and len(shape) == 2 and name.endswith(".weight") and "pos_embedding" not in name
-
-
-def _check_space(out: Path, needed: int) -> None:
-    root = next(p for p in (out, *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        gib = 2**30
-        raise OutputError(f"{out}: needs {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free")

@@ -8,7 +8,7 @@ and shape by shape, and only then filled.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.errors import FormatError
+from wanrt.kernels.reference import Quantized
+from wanrt.kernels.torch_quantize import quantize_weight
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.memory.placement import Placement
+from wanrt.models.eight_bit import make_eight_bit, policy_formats
 from wanrt.models.layers import choose
+from wanrt.quant.formats import LinearFormat
+from wanrt.quant.policy import EightBit
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.detect import Detected, shape_of, translate
 from wanrt.weights.names import Kind, Source
 from wanrt.weights.parts import find_component
-from wanrt.weights.quantised import PlainReader, check_formats
+from wanrt.weights.quantised import PlainReader, check_formats, scale_of
 from wanrt.weights.specs import Spec
 
 _CLASSES: dict[Kind, tuple[str, str]] = {
@@ -38,6 +43,7 @@ _CLASSES: dict[Kind, tuple[str, str]] = {
 _UNUSED = re.compile(r"post_norm\.|transformer\.(\d+)\.")
 
 _LARGE_TABLE = 64 << 20  # bytes
+CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -52,10 +58,13 @@ def load_component(
     progress: Progress | None = None,
     placement: Placement | None = None,
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    eight_bit: EightBit | None = None,
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
+    `eight_bit`: a transformer's products and attention become int8 or fp8, as `quant/policy.py`
+    has it; weights that are stored in that very format are taken as they are.
     With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
     token tables stay in their file; its `weight_stream` is then their WeightStream. `changes` by
     name: a weight is read in fp32, changed on the device and rounded once; with a placement that
@@ -65,7 +74,14 @@ def load_component(
     device = torch.device(device)
     found = find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
-    weights = _Weights(module, found, dtype, check)
+    weights = Weights(module, found, dtype, check)
+    if eight_bit is not None:
+        assert kind == "dit" and not changes, f"{kind=} {eight_bit=}"
+        weights.formats = {
+            name: weights.stored_form(name, form)
+            for name, form in policy_formats(module, eight_bit).items()
+        }
+        make_eight_bit(module, weights.formats, eight_bit, device, dtype)
     stream = None
     if placement is not None and placement.slots:
         stream = WeightStream(
@@ -73,14 +89,14 @@ def load_component(
         )
         assert not changes, f"{placement=}"
     done = 0
-    for name in weights.sources:
+    for name in weights.names():
         if placement is not None and weights.is_large_table(name):
             _replace_table(module, name, weights, device)
         elif stream is None or stream.waits_in_memory(name) or not stream.streams(name):
             if changes and name in changes:
                 tensor = weights.read_changed(name, changes[name], device)
             else:
-                tensor = weights.read(name)
+                tensor = weights.read(name, device)
             if stream is not None and stream.streams(name):
                 stream.hold(name, tensor)
             else:
@@ -94,7 +110,7 @@ def load_component(
     return module.eval().requires_grad_(False)
 
 
-class _Weights:
+class Weights:
     """The weights of one component as its module wants them, read one at a time."""
 
     def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype, check: bool) -> None:
@@ -107,16 +123,64 @@ class _Weights:
         self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
         self._unchecked = set(self.sources) if check else set()
         self._lock = Lock()  # a stream reads in its own thread
+        self.formats: dict[str, LinearFormat] = {}  # of weights that the module has in eight bits
+        self._scales: dict[str, Tensor] = {}  # of those read so far: a number per channel
+
+    def names(self) -> Iterator[str]:
+        """Of every tensor of the module; a scale follows its weight."""
+        for name in self.sources:
+            yield name
+            if name in self.formats:
+                yield scale_of(name)
 
     def num_bytes(self, name: str) -> int:
         """As stored."""
-        return sum(self.checkpoint.tensors[n].num_bytes for n in self.sources[name].stored)
+        source = self.sources.get(name)
+        return sum(self.checkpoint.tensors[n].num_bytes for n in source.stored) if source else 0
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if self._fp32.search(name) else self._dtype
+        if name in self.formats:
+            return self.formats[name].dtype
+        kept = name not in self.sources or self._fp32.search(name)
+        return torch.float32 if kept else self._dtype
 
-    def read(self, name: str) -> Tensor:
-        return self._read(name, self.dtype_of(name))
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """A tensor of the module. Eight-bit weights are made on `device`, others read to the CPU.
+
+        A scale is known once its weight was read.
+        """
+        if name not in self.sources:
+            return self._scales[name]
+        if name not in self.formats:
+            return self._read(name, self.dtype_of(name))
+        values, self._scales[scale_of(name)] = self._quantized(name, self.formats[name], device)
+        return values
+
+    def stored_form(self, name: str, form: LinearFormat) -> LinearFormat:
+        """A weight that is stored in eight bits stays as it is."""
+        (stored,) = self.sources[name].stored
+        return self._reader.stored_form(stored, form)
+
+    def _quantized(self, name: str, form: LinearFormat, device: torch.device) -> Quantized:
+        """As it is stored, where that is the format; else made of the plain weight."""
+        (stored,) = self.sources[name].stored
+        with self._lock:
+            found = self._reader.read_quantised(stored, form.dtype)
+        if found is None:
+            plain = self._read(name, torch.float32)
+            found = quantize_weight(plain.to(device), form.dtype, form.rotated)
+        elif name in self._unchecked:
+            _check_finite(self.checkpoint, self.sources[name], found.scale)
+        return found
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, whatever the module's and whatever the file's."""
+        return self._read(name, dtype)
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """As stored; bf16 where that is an eight-bit number with a scale."""
+        stored = self.checkpoint.tensors[self.sources[name].stored[0]].dtype
+        return stored if stored.is_floating_point and stored.itemsize > 1 else torch.bfloat16
 
     def read_changed(
         self, name: str, change: Callable[[Tensor], Tensor], device: torch.device
@@ -158,7 +222,7 @@ class FileEmbedding(nn.Module):
         return self._rows(distinct.tolist()).to(self._device)[place]
 
 
-def _replace_table(module: nn.Module, name: str, weights: _Weights, device: torch.device) -> None:
+def _replace_table(module: nn.Module, name: str, weights: Weights, device: torch.device) -> None:
     owner = name.rpartition(".")[0]
     module.set_submodule(owner, FileEmbedding(partial(weights.rows, name), device))
 

@@ -2,22 +2,27 @@
 
 `X.weight` times `X.scale_weight` (ComfyUI fp8_scaled) or `X.weight_scale` (newer ComfyUI,
 LightX2V), one number for the matrix or one per output row. Without a scale, fp8 stands for itself.
+What `wanrt quantize` writes is the same per row, and says in its metadata which are rotated.
 Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/convert`.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wanrt.errors import FormatError
+from wanrt.kernels.reference import Quantized, rotate
+from wanrt.quant.formats import FORMATS, LinearFormat
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.writer import Piece
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")
+METADATA = "wanrt_formats"  # of our own files: {name of a product: name of its format}
 _READABLE = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -37,7 +42,7 @@ class PlainReader:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._rotated = checkpoint, _rotated(checkpoint)
         self._stored = torch.from_numpy(np.empty(_PIECE * 4, np.uint8))
         self._product = torch.from_numpy(np.empty(_PIECE, np.float32))
 
@@ -58,8 +63,25 @@ class PlainReader:
             piece = self._checkpoint.read(name, part, self._stored)
             if scale is not None:
                 piece = self._times(piece, scale if len(scale) == 1 else scale[start : part.stop])
+            if name in self._rotated:
+                piece = rotate(piece)
             plain[start - wanted.start : part.stop - wanted.start] = piece
         return plain
+
+    def stored_form(self, name: str, form: LinearFormat) -> LinearFormat:
+        """`form`, rotated or not as the file has it where the file has its dtype."""
+        if self._checkpoint.tensors[name].dtype != form.dtype:
+            return form
+        return replace(form, rotated=name in self._rotated)
+
+    def read_quantised(self, name: str, dtype: torch.dtype) -> Quantized | None:
+        """A matrix [O, I] as it is stored, one scale per row; None where it has another dtype."""
+        info = self._checkpoint.tensors[name]
+        if info.dtype != dtype:
+            return None
+        scale = _scale(self._checkpoint, name)
+        rows = torch.ones(1, 1) if scale is None else scale
+        return Quantized(self._checkpoint.read(name), rows.expand(info.shape[0], 1).contiguous())
 
     def _times(self, piece: Tensor, scale: Tensor) -> Tensor:
         """fp32; bytes are fp8, as some files declare them."""
@@ -71,10 +93,36 @@ class PlainReader:
         return product.copy_(piece).mul_(scale)
 
 
+def scale_of(name: str) -> str:
+    """Of a module's eight-bit weight; our own files call it so, too."""
+    return name + "_scale"
+
+
 def scale_name(checkpoint: Checkpoint, name: str) -> str | None:
     """The stored scale of a weight, if it has one."""
     stem = name.removesuffix(".weight")
     return next((f"{stem}.{s}" for s in SCALES if f"{stem}.{s}" in checkpoint.tensors), None)
+
+
+def _rotated(checkpoint: Checkpoint) -> frozenset[str]:
+    """Weights of our own files whose columns met a Hadamard matrix, 128 at a time."""
+    formats = own_formats(checkpoint)
+    return frozenset(f"{name}.weight" for name, form in formats.items() if form.rotated)
+
+
+def own_formats(checkpoint: Checkpoint) -> dict[str, LinearFormat]:
+    """Of each product of a file that `wanrt quantize` wrote, by its name; of others nothing."""
+    text = checkpoint.metadata.get(METADATA)
+    if text is None:
+        return {}
+    try:
+        named = json.loads(text).items()
+        return {name: FORMATS[form] for name, form in named}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        fix = "it was written by a newer wanrt, or is broken"
+        raise FormatError(
+            checkpoint.path, f"{METADATA} names a format unknown to wanrt", fix
+        ) from None
 
 
 def check_formats(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,8 @@
 """Weight files written one tensor at a time: safetensors, shards with an index, and `.pth`."""
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +34,61 @@ class Piece(NamedTuple):
 
 def write_safetensors(path: Path, pieces: Sequence[Piece]) -> None:
     """Peak: one tensor. Raises OutputError and leaves no partial file."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    with _new_file(path), open(path, "xb") as file:
+        file.write(_header(pieces, {"format": "pt"}))
+        for piece in pieces:
+            file.write(_bytes(piece))
+
+
+def write_resumable(
+    path: Path,
+    pieces: Sequence[Piece],
+    metadata: dict[str, str],
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """As `write_safetensors`, under `path.part` until complete; goes on where it was stopped.
+
+    Whole tensors of an unfinished file are kept if its header is the same. A file of this name that
+    is there already is left alone if it has that header and length. Raises OutputError.
+    `progress` is called with the bytes of each tensor that is there.
+    """
+    header = _header(pieces, {"format": "pt", **metadata})
+    total = len(header) + sum(piece.num_bytes for piece in pieces)
+    part = path.with_name(path.name + ".part")
+    try:
+        if path.exists():
+            if path.stat().st_size != total or not _begins(path, header):
+                raise OutputError(f"{path} is another file; choose another folder")
+            progress(total - len(header))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (part.exists() and _begins(part, header)):
+            part.write_bytes(header)
+        with open(part, "r+b") as file:
+            position, there = len(header), part.stat().st_size
+            for piece in pieces:
+                if position + piece.num_bytes > there:
+                    file.seek(position)
+                    file.write(_bytes(piece))
+                    there = 0  # whatever follows belongs to an older attempt
+                position += piece.num_bytes
+                progress(piece.num_bytes)
+            file.truncate(total)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _begins(path: Path, header: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def _header(pieces: Sequence[Piece], metadata: dict[str, str]) -> bytes:
+    """Length, names, dtypes, shapes and places of all tensors, as safetensors has it."""
+    header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for piece in pieces:
         end = position + piece.num_bytes
@@ -44,10 +100,11 @@ def write_safetensors(path: Path, pieces: Sequence[Piece]) -> None:
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _new_file(path), open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            file.write(memoryview(_values(piece).view(-1).view(torch.uint8).numpy()))
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(piece: Piece) -> memoryview:
+    return memoryview(_values(piece).view(-1).view(torch.uint8).numpy())
 
 
 def write_sharded(path: Path, pieces: Sequence[Piece], max_shard: int = MAX_SHARD) -> None:
@@ -80,6 +137,15 @@ def write_pickle(path: Path, pieces: Sequence[Piece]) -> None:
         with open(path, "xb") as file:
             torch.save(state, file)
         state.clear()  # unmaps the files, without which Windows could not remove them
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises OutputError where `needed` bytes do not fit below the folder `out`."""
+    root = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        gib = 2**30
+        raise OutputError(f"{out}: needs {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free")
 
 
 def _on_disk(piece: Piece, file: Path) -> Tensor:

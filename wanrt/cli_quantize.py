@@ -1,0 +1,44 @@
+"""`wanrt quantize`: a model rewritten in eight bits, for every later command."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from wanrt.components import identify
+from wanrt.errors import UsageError
+from wanrt.memory.budget import gib
+from wanrt.progress import Bars
+from wanrt.quant.policy import EightBit
+from wanrt.weights.hub import resolve_model
+from wanrt.weights.parts import find_parts
+from wanrt.weights.quantize import quantize_model
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    precision: Annotated[str, typer.Option(help="int8 or fp8.")],
+    offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file.")] = False,
+) -> None:
+    """Write a model with eight-bit weights; stopped, it goes on where it was."""
+    if precision not in get_args(EightBit):
+        raise UsageError(f"precision {precision!r} does not exist here; choose int8 or fp8")
+    path = resolve_model(model, offline=offline)
+    parts = find_parts(path)
+    parts.require("dit")
+    if out.resolve() == path.resolve():
+        raise UsageError(f"{out} is the model itself; choose another folder")
+    spec = identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path} {parts.dit}")
+    with Bars(quiet=as_json) as bars:
+        for one in quantize_model(parts, spec.id, out, precision, bars.report):
+            bars.finish()
+            if as_json:
+                print(json.dumps(asdict(one) | {"path": str(one.path)}), flush=True)
+            else:
+                count = one.num_quantised
+                held = f"{count} matrices in {precision}" if count else "as it was"
+                print(f"{one.path}: {gib(one.before)} -> {gib(one.after)}, {held}", flush=True)

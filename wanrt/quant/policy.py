@@ -1,0 +1,69 @@
+"""Which product of a transformer gets which format, and why: the first rule that fits a name.
+
+Three levels. `full`: weights and activations in eight bits, the fast product. `weights`: eight bits
+in memory, the product in the model's own dtype. `plain`: nothing is quantised. The reasons with
+figures come from `wanrt bench sensitivity` (docs/quality.md).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from wanrt.quant.formats import FP8, FP8_WEIGHTS, INT8_ROTATED, INT8_WEIGHTS, LinearFormat
+
+Level = Literal["full", "weights", "plain"]
+EightBit = Literal["int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` is found in the name of a module."""
+
+    pattern: str
+    level: Level
+    reason: str
+
+
+RULES = (
+    Rule(
+        r"blocks\.\d+\.cross_attn\.[kv](_img)?$",
+        "weights",
+        "computed once per request: nothing to gain from a faster product",
+    ),
+    Rule(
+        r"vace_blocks\.\d+\.(before|after)_proj$",
+        "weights",
+        "they take the residual stream itself, whose large channels eight bits do not hold",
+    ),
+    Rule(
+        r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.[02])$",
+        "full",
+        "nine tenths of all products, and each follows a norm or is rotated in groups of 128",
+    ),
+    Rule(
+        r"",
+        "plain",
+        "embeddings of patches, text, time and image, the head, norms and modulation: few bytes, "
+        "little time, and everything passes through them",
+    ),
+)
+
+FULL: dict[EightBit, LinearFormat] = {"int8": INT8_ROTATED, "fp8": FP8}
+WEIGHTS: dict[EightBit, LinearFormat] = {"int8": INT8_WEIGHTS, "fp8": FP8_WEIGHTS}
+ATTENTION: dict[EightBit, str] = {"int8": "attention_int8", "fp8": "attention_int8_fp8"}
+
+
+def level_of(name: str) -> Level:
+    """`name`: of a module, as `blocks.3.ffn.0`."""
+    return next(rule.level for rule in RULES if re.search(rule.pattern, name))
+
+
+def format_of(name: str, precision: EightBit) -> LinearFormat | None:
+    """The format of a product; None where it stays as it is."""
+    match level_of(name):
+        case "full":
+            return FULL[precision]
+        case "weights":
+            return WEIGHTS[precision]
+        case _:
+            return None

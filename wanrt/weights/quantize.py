@@ -1,0 +1,137 @@
+"""`wanrt quantize`: a whole model rewritten with eight-bit matrices, one tensor at a time.
+
+The transformers get the formats of `quant/policy.py`; of the text encoder the blocks' matrices are
+kept in eight bits and widened when they are loaded; VAE and CLIP tower stay as they are. The
+transformer that runs from the files is, bit for bit, the plain one loaded with `--precision`.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanrt.errors import OutputError
+from wanrt.kernels.torch_quantize import quantize_weight
+from wanrt.models.eight_bit import policy_formats
+from wanrt.quant.formats import LinearFormat
+from wanrt.quant.policy import WEIGHTS, EightBit
+from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.detect import Detected, shape_of
+from wanrt.weights.load import Weights, skeleton
+from wanrt.weights.parts import Parts
+from wanrt.weights.quantised import METADATA, check_formats, scale_of
+from wanrt.weights.writer import Piece, check_space, write_resumable
+
+Progress = Callable[[str, int, int], None]  # part, bytes done, bytes in all
+_TEXT_MATRIX = re.compile(r"blocks\.\d+\.(attn|ffn)\..*weight$")
+_NOISE = {"dit": "-high-noise", "low_noise": "-low-noise"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file, and what it was made from, bytes."""
+
+    part: str
+    path: Path
+    before: int
+    after: int
+    num_quantised: int
+
+
+def quantize_model(
+    parts: Parts, model_id: str, out: Path, precision: EightBit, progress: Progress
+) -> Iterator[Written]:
+    """Write every part that the model has into the folder `out`; resumes, verifies each file.
+
+    Peak: one tensor and its eight-bit form. Raises FormatError, OutputError.
+    """
+    sources = {name: _Source(found, precision) for name, found in parts.found.items()}
+    there = sum(f.stat().st_size for f in out.glob("*.safetensors*")) if out.is_dir() else 0
+    check_space(out, sum(source.num_bytes for source in sources.values()) - there)
+    for name, source in sources.items():
+        found = source.found
+        stem = {"umt5": "umt5-xxl", "vae": "vae", "clip": "clip"}.get(name, model_id)
+        stem += _NOISE[name] if name in _NOISE and parts.low_noise is not None else ""
+        ending = f"-{precision}" if found.kind in ("dit", "umt5") else ""
+        path = out / f"{stem}{ending}.safetensors"
+        pieces, total = list(source.pieces()), source.num_bytes
+        done = 0
+
+        def advance(num_bytes: int, name: str = name, total: int = total) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(f"quantize {name}", done, total)
+
+        write_resumable(path, pieces, source.metadata, advance)
+        _verify(path, pieces)
+        yield Written(name, path, found.num_bytes, path.stat().st_size, len(source.formats))
+    if parts.tokenizer is not None:
+        target = out / parts.tokenizer.name
+        if not target.exists():
+            shutil.copyfile(parts.tokenizer, target)
+
+
+class _Source:
+    """The tensors of one part as they are to be written."""
+
+    def __init__(self, found: Detected, precision: EightBit) -> None:
+        self.found, module = found, skeleton(found.kind, found.spec)
+        self._weights = Weights(module, found, torch.float32, check=True)
+        self.formats: dict[str, LinearFormat] = {}
+        if found.kind == "dit":
+            self.formats = policy_formats(module, precision)
+        elif found.kind == "umt5":
+            named = (name for name in self._weights.sources if _TEXT_MATRIX.match(name))
+            self.formats = dict.fromkeys(named, WEIGHTS[precision])
+        self._last: tuple[str, Tensor] | None = None  # the scale of the weight made last
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        if not self.formats:
+            return {}
+        forms = {name.removesuffix(".weight"): form.name for name, form in self.formats.items()}
+        return {METADATA: json.dumps(forms, separators=(",", ":"))}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces())
+
+    def pieces(self) -> Iterator[Piece]:
+        """In stored order, under the original names."""
+        tensors = self._weights.checkpoint.tensors
+        for name, source in self._weights.sources.items():
+            shape, form = shape_of(source, tensors), self.formats.get(name)
+            if form is None:
+                dtype = self._weights.plain_dtype(name)
+                yield Piece(name, dtype, shape, lambda n=name, d=dtype: self._weights.plain(n, d))
+                continue
+            yield Piece(name, form.dtype, shape, lambda n=name: self._make(n))
+            scale = (shape[0], 1)
+            yield Piece(scale_of(name), torch.float32, scale, lambda n=name: self._scale(n))
+
+    def _make(self, name: str) -> Tensor:
+        form = self.formats[name]
+        made = quantize_weight(self._weights.plain(name, torch.float32), form.dtype, form.rotated)
+        self._last = (name, made.scale)
+        return made.values
+
+    def _scale(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:  # the file is being resumed
+            self._make(name)
+        assert self._last is not None
+        return self._last[1]
+
+
+def _verify(path: Path, pieces: list[Piece]) -> None:
+    """Make every tensor again and hold it against the file, bit for bit."""
+    checkpoint = Checkpoint.open(path)
+    check_formats(checkpoint)
+    for piece in pieces:
+        stored, made = checkpoint.read(piece.name), piece.make()
+        if not torch.equal(stored.view(torch.uint8), made.contiguous().view(torch.uint8)):
+            raise OutputError(f"{path}: {piece.name} is not what was written; is the disk sound?")
