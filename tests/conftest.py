@@ -31,22 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = NANO_WEIGHTS / "tokenizer.json"
 
 
-MARKS = Path(tempfile.gettempdir()) / f"wanrt-tests-{os.getpid()}"  # signing key and ledger
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    keys.init(MARKS / "keys")
-    os.environ["WANRT_KEYS"] = str(MARKS / "keys")
-    os.environ["WANRT_LEDGER"] = str(MARKS / "ledger.jsonl")
+    marks = Path(tempfile.mkdtemp(prefix="wanrt-tests-"))  # a signing key and a ledger
+    config.add_cleanup(lambda: shutil.rmtree(marks, ignore_errors=True))
+    keys.init(marks / "keys")
+    os.environ["WANRT_KEYS"] = str(marks / "keys")
+    os.environ["WANRT_LEDGER"] = str(marks / "ledger.jsonl")
     for variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
-        os.environ[variable] = str(MARKS / variable)
+        os.environ[variable] = str(marks / variable)
     # Small shapes lose time on many threads. OMP_NUM_THREADS can ask for fewer.
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     torch.backends.cudnn.allow_tf32 = False  # a reference in fp32 is fp32 on a GPU too
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(MARKS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

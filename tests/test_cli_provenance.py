@@ -1,6 +1,7 @@
 """The verbs about marks as they are used: what they print, and their exit codes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from wanrt import cli
+from wanrt import cli, keys
+from wanrt.media import provenance
+from wanrt.media.marking import Origin
 from wanrt.media.saving import save_video
 from wanrt.media.video import probe_video, write_video
 from wanrt.pipeline import Pipeline
@@ -71,6 +74,15 @@ def test_verify(name: str, code: int, state: str, text: str, wanrt: Callable[...
 
 def test_verify_what_is_not_there(wanrt: Callable[..., Outcome]) -> None:
     assert wanrt("verify", "absent.mp4") == (3, "", "wanrt: absent.mp4: no such file\n")
+
+
+def test_a_manifest_cannot_steer_the_terminal(wanrt: Callable[..., Outcome]) -> None:
+    key = keys.load(Path(os.environ["WANRT_KEYS"]))
+    statement = provenance.Statement(Origin(), "\x1b[31m\u202e\n1")
+    provenance.sign(Path("plain.mp4"), Path("odd.mp4"), statement, key)
+    done = wanrt("verify", "odd.mp4")
+    assert done.code == 0 and r"wanrt \x1b[31m\u202e\n1" in done.out
+    assert done.out.count("\n") == 4 and done.out.replace("\n", "").isprintable()
 
 
 def test_mark_and_the_ledger(wanrt: Callable[..., Outcome]) -> None:

@@ -109,6 +109,15 @@ def test_another_file_is_left_alone(content: bytes, tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_odd_text_and_too_much_of_it(book: Path) -> None:
+    ledger.append(book, {"model": "a\udcffb\x1b\n"})
+    assert ledger.verify(book).length == 6
+    assert [*ledger.entries(book)][-1].record["model"] == "a\udcffb\x1b\n"
+    with pytest.raises(MarkingError, match="a line of 7.... bytes; it may have 65536"):
+        ledger.append(book, {"model": "x" * 70_000})
+    assert ledger.verify(book).length == 6
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "ledger.jsonl"):

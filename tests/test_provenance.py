@@ -346,6 +346,27 @@ def test_inputs_become_ingredients_with_their_manifests(folder: Path, tmp_path: 
     assert b"jane" not in data and b"secret" not in data
 
 
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("wrong.jpg", "d.png"),
+        ("sound.webm", "b.webm"),
+        ("cut.mp4", "a.mp4"),
+        ("text.png", None),
+        ("none", None),
+    ],
+)
+def test_inputs_of_every_kind_can_be_bound(
+    name: str, of: str | None, folder: Path, tmp_path: Path
+) -> None:
+    """A wrong ending, a format without manifests, a broken file: never a result that fails."""
+    data = (folder / of).read_bytes() if of else b"some text"
+    (tmp_path / name).write_bytes(data[:3000] if name == "cut.mp4" else data)
+    origin = Origin("wanrt test", "i2v", (Input("image", tmp_path / name),))
+    save_video(frames(2), tmp_path / "a.mkv", 16, origin=origin)
+    assert verify(tmp_path / "a.mkv").layers.c2pa.ingredients == 1
+
+
 def test_the_prompt_is_recorded_when_asked_for(tmp_path: Path) -> None:
     origin = replace(Origin("wanrt test", "t2v"), prompt="a cat")
     save_video(frames(1), tmp_path / "a.png", origin=origin, marking=Marking(record_prompt=True))

@@ -56,7 +56,7 @@ def verify_file(
 ) -> None:
     """Is this file marked as AI-generated? 0 yes, 1 no, 3 tampered with or unreadable."""
     found = verify(file, trust=trust, ledger_file=ledger_file)
-    print(json.dumps(asdict(found), default=str, ensure_ascii=False) if as_json else _report(found))
+    print(json.dumps(asdict(found), default=str) if as_json else _report(found))
     raise typer.Exit(found.exit_code)
 
 
@@ -86,7 +86,12 @@ def _report(found: Verification) -> str:
         rows.append(("ledger", [layers.ledger.state, layers.ledger.by, line]))
     lines = [f"{found.path}: {found.state}: {'; '.join(found.reasons)}"]
     lines += [f"  {name:<10} {', '.join(str(v) for v in values if v)}" for name, values in rows]
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """What comes from a stranger's file must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _short(source_type: str | None) -> str | None:

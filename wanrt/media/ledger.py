@@ -52,8 +52,10 @@ def append(path: Path, record: dict[str, Any]) -> Entry:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             body = {"number": number, "time": now, **record, "previous": previous}
             digest = _hash(body)
-            line = json.dumps({**body, "hash": digest}, ensure_ascii=False).encode() + b"\n"
-            assert len(line) <= MAX_LINE, f"{len(line)=}"
+            text = json.dumps({**body, "hash": digest}, ensure_ascii=False)
+            line = text.encode("utf-8", "backslashreplace") + b"\n"  # JSON's own escape, too
+            if len(line) > MAX_LINE:
+                raise MarkingError(f"{path}: a line of {len(line)} bytes; it may have {MAX_LINE}")
             _write(file, line)
     except OSError as error:
         raise MarkingError(

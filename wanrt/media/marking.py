@@ -1,6 +1,7 @@
 """What a mark says and how a result is marked: the options of the caller, as records."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -59,9 +60,9 @@ class Marking:
     """
 
     mode: Mode = "required"
-    key: "Path | SigningKey | None" = None
+    key: "str | PathLike[str] | SigningKey | None" = None
     tsa: str | None = None
-    ledger: Path | None = None
+    ledger: str | PathLike[str] | None = None
     record_prompt: bool = False
 
     def __post_init__(self) -> None:

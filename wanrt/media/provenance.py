@@ -23,6 +23,7 @@ WATERMARK_ACTION = "c2pa.watermarked.bound"
 EMBEDS = (".mp4", ".mov", ".m4v", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff")
 SIDECAR = ".c2pa"
 MAX_SIDECAR = 64 << 20
+UNKNOWN_TYPE = "application/octet-stream"
 _STORE = bytes.fromhex("6332706100110010800000aa00389b71")  # JUMBF type of a manifest store
 # mimetypes knows these only where the system has a table of its own.
 _MIME = {".mkv": "video/x-matroska", ".webm": "video/webm", ".avif": "image/avif"}
@@ -66,7 +67,7 @@ def library() -> Any:
 def mime_type(path: Path) -> str:
     """By the name's ending."""
     known = _MIME.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0]
-    return known or "application/octet-stream"
+    return known or UNKNOWN_TYPE
 
 
 def sign(
@@ -89,9 +90,9 @@ def sign(
     def signed(data: bytes) -> bytes:
         try:
             return key.sign(data)
-        except Exception as error:  # c2pa drops it, and fails without saying why
+        except Exception as error:  # c2pa would drop it, and fail without saying why
             failures.append(error)
-            raise
+            return b""
 
     try:
         builder = c2pa.Builder(_definition(statement), c2pa.Context.from_dict(_SETTINGS))
@@ -107,7 +108,7 @@ def sign(
             else:
                 file.write(builder.sign(signer, mime_type(source), original))
     except (c2pa.C2paError, OSError, KeyError) as error:
-        reason = _sign_failure(failures[0] if failures else error, source, tsa)
+        reason = _sign_failure(failures[0] if failures else error, tsa)
         raise MarkingError(f"the C2PA manifest cannot be signed: {reason}") from error
 
 
@@ -129,7 +130,7 @@ class _Written(io.FileIO):
         return len(data)
 
 
-def _sign_failure(error: BaseException, source: Path, tsa: str | None) -> str:
+def _sign_failure(error: BaseException, tsa: str | None) -> str:
     text = str(error) or type(error).__name__
     if "http resolver" in text:
         return f"no time stamp from {tsa}: is it up? ({text})"
@@ -179,7 +180,12 @@ def _add_ingredient(builder: "c2pa.Builder", number: int, given: Input) -> None:
     relation = "parentOf" if given.parent else "inputTo"
     about = {"title": given.role, "relationship": relation, "label": _label(number)}
     with given.path.open("rb") as file:
-        builder.add_ingredient(about, mime_type(given.path), file)
+        try:
+            builder.add_ingredient(about, mime_type(given.path), file)
+        except library().C2paError as error:
+            log.warning("%s cannot be looked into for a manifest of its own: %s", given.path, error)
+            file.seek(0)
+            builder.add_ingredient(about, UNKNOWN_TYPE, file)
 
 
 def sidecar_of(path: Path) -> Path:

@@ -59,7 +59,7 @@ class Marker:
 
     def __init__(self, marking: Marking = REQUIRED) -> None:
         self.marking, self.steps = marking, Steps(marking.mode)
-        self.ledger = marking.ledger or env.ledger_file()
+        self.ledger = Path(marking.ledger) if marking.ledger else env.ledger_file()
         self.key: SigningKey | None = None
         if marking.mode == "off":
             log.warning("marking is off: the result will not say that it is AI-generated")

@@ -30,15 +30,22 @@ def add_sound(video: Path, source: Path, target: Path) -> None:
 
     Raises UsageError where that kind of file cannot hold that kind of sound, OutputError.
     """
+    try:
+        _mux(video, source, target)
+    except (av.FFmpegError, OSError) as error:
+        raise OutputError(f"cannot write the sound of {source}: {error}") from error
+
+
+def _mux(video: Path, source: Path, target: Path) -> None:
     muxer, options, _ = MUXERS[target.suffix.lower()]
     with ExitStack() as opened:
+        pictures = opened.enter_context(av.open(str(video)))
+        sounds = opened.enter_context(
+            av.open(str(source), options=_OPTIONS, metadata_errors="ignore")
+        )
+        out = opened.enter_context(av.open(str(target), "w", format=muxer, options=options))
+        rows = [(pictures, pictures.streams.video[0]), (sounds, sounds.streams.audio[0])]
         try:
-            pictures = opened.enter_context(av.open(str(video)))
-            sounds = opened.enter_context(
-                av.open(str(source), options=_OPTIONS, metadata_errors="ignore")
-            )
-            out = opened.enter_context(av.open(str(target), "w", format=muxer, options=options))
-            rows = [(pictures, pictures.streams.video[0]), (sounds, sounds.streams.audio[0])]
             copies = [out.add_stream_from_template(stream) for _, stream in rows]
             copies[0].codec_context.codec_tag = rows[0][1].codec_context.codec_tag
             out.start_encoding()
@@ -51,11 +58,8 @@ def add_sound(video: Path, source: Path, target: Path) -> None:
             _packets(*row, copy, order)
             for order, (row, copy) in enumerate(zip(rows, copies, strict=True))
         ]
-        try:
-            for _, _, packet in merge(*packets, key=lambda row: row[:2]):
-                out.mux(packet)
-        except (av.FFmpegError, OSError) as error:
-            raise OutputError(f"cannot write the sound of {source}: {error}") from error
+        for _, _, packet in merge(*packets, key=lambda row: row[:2]):
+            out.mux(packet)
 
 
 def _packets(

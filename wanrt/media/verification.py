@@ -19,7 +19,7 @@ from wanrt.media.marking import AI_SOURCES
 from wanrt.media.video import iter_frames
 
 MAX_FRAMES = 120  # that the watermark is looked for in
-ROOT_FILE = "root.pem"
+ROOT_FILE = "root.pem"  # as in wanrt.keys, which would bring `cryptography`
 
 State = Literal["marked", "unmarked", "tampered", "invalid", "contradiction", "unreadable"]
 EXIT_CODES: dict[State, int] = {
@@ -118,17 +118,20 @@ def verify(
 
 
 def _root(trust: str | PathLike[str] | None) -> str | None:
-    folder = env.keys_folder() or env.own_keys_folder()
-    path = folder / ROOT_FILE if trust is None else Path(trust)
-    if trust is None and not path.is_file():
-        return None
+    path = (
+        (env.keys_folder() or env.own_keys_folder()) / ROOT_FILE if trust is None else Path(trust)
+    )
     try:
         text = path.read_text("ascii")
     except (OSError, ValueError) as error:
+        if trust is None:  # no key here, or somebody else's
+            return None
         raise UsageError(f"cannot read the certificates in {path}: {error}") from error
-    if "BEGIN CERTIFICATE" not in text:
-        raise UsageError(f"{path} holds no certificates in PEM")
-    return text
+    if "BEGIN CERTIFICATE" in text:
+        return text
+    if trust is None:
+        return None
+    raise UsageError(f"{path} holds no certificates in PEM")
 
 
 def _xmp(path: Path) -> XmpLayer:
