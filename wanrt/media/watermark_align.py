@@ -48,7 +48,7 @@ def candidates(samples: np.ndarray) -> list[Alignment]:
     """The most promising crops, best first, each refined.
 
     All offsets at once for each pair of scales, as a correlation by Fourier transforms; crops to
-    84 % of either side or more are found. About a quarter of a second on one core.
+    84 % of either side or more are found. The transforms of all patterns, 60 MB, are kept.
     """
     side = len(samples)
     size = int(side * _ROOM)
