@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wanrt.bench.watermark_attacks import ATTACKS, Attack
+from wanrt.bench.watermark_attacks import ATTACKS, Attack, save
 from wanrt.bench.watermark_clips import clouds, gradient, scene
 from wanrt.cli import app
 from wanrt.errors import UsageError
@@ -134,6 +135,14 @@ PROMISED = [one for one in ATTACKS if one.promised]
 @pytest.mark.parametrize("attack", PROMISED, ids=[one.name for one in PROMISED])
 def test_a_clip_of_256_pixels_withstands(attack: Attack) -> None:
     _reads(marked(gradient(256, 256)), attack)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux only")
+def test_encoding_leaves_the_priority_as_it_was() -> None:
+    """As root, SVT-AV1 makes its caller a real-time thread."""
+    before = os.sched_getscheduler(0)
+    save(gradient(64, 64)[:1], "libsvtav1", 35)
+    assert os.sched_getscheduler(0) == before
 
 
 NANO = [one for one in ATTACKS if one.promised_nano]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import UsageError
+from wanrt.kernels.reference_watermark import BLOCK, SHIFT
+from wanrt.kernels.registry import here, resolve
 from wanrt.media.watermark_code import ID_BITS
 from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
 from wanrt.media.watermark_key import NAME, grid_for, key
@@ -21,7 +23,6 @@ MIN_SIDE = 64  # pixels; smaller frames are left alone
 FLAT = 3  # levels: a frame of which no channel spans more is left alone, nothing hides a pattern
 CARRIED = 13.0  # standard deviations: from about 12 on, the identifier is read without errors
 
-BLOCK = 8  # pixels: the strength is one number per block
 LOW_CUT = 0.7
 # By the grid: strength where there is no texture (levels RMS), and what a block's texture adds to
 # it. A codec leaves less of a small picture's chips, and less where there is texture.
@@ -34,7 +35,7 @@ _DENSE, _DENSE_FROM, _DENSE_TO = 0.5, 10.0, 25.0
 _HEADROOM = 8  # levels from black and white below which the strength fades
 _MAX_VARIANCE = 625  # the tables' last entry
 _ONE = 32  # fixed point: a pattern value, a strength or a factor of 1
-_SHIFT = 10  # of a pattern value times a strength
+assert 1 << SHIFT == _ONE * _ONE
 
 
 class Tables(NamedTuple):
@@ -81,9 +82,12 @@ class Watermark:
     def _apply(self, frames: Tensor) -> Tensor:
         self._pattern = self._pattern.to(frames.device)
         self._tables = Tables(*(table.to(frames.device) for table in self._tables))
+        mark_frame = resolve("mark_frame", here(torch.uint8, frames.device.type)).function
+        rows, _, columns, _ = self._pattern.shape
         out = torch.empty_like(frames, memory_format=torch.contiguous_format)
         for frame, marked in zip(frames, out, strict=True):
-            mark(frame, self._pattern, self._tables, marked)
+            strength = strengths_of(frame, rows, columns, self._tables)
+            marked.copy_(mark_frame(frame, self._pattern, strength))
             self._watch(marked)
         return out
 
@@ -95,17 +99,6 @@ class Watermark:
         grid = len(self._chips)
         if correlation(chips_of(self._evidence.map(grid)), self._chips) >= CARRIED:
             self._evidence = None
-
-
-def mark(frame: Tensor, pattern: Tensor, tables: Tables, out: Tensor) -> None:
-    """Write the marked uint8 `[H, W, 3]` to `out`; pattern and tables lie on its device."""
-    height, width, _ = frame.shape
-    rows, _, columns, _ = pattern.shape
-    change = pattern * strengths_of(frame, rows, columns, tables)[:, None, :, None]
-    change.add_(1 << (_SHIFT - 1)).bitwise_right_shift_(_SHIFT)
-    change = change.view(rows * BLOCK, columns * BLOCK * 3)[:height, : width * 3]
-    sums = change + frame.reshape(height, width * 3)  # uint8 joins int16
-    out.copy_(sums.clamp_(0, 255).view(height, width, 3))
 
 
 def strengths_of(frame: Tensor, rows: int, columns: int, tables: Tables) -> Tensor:
