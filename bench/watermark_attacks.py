@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ def encode(frames: np.ndarray, codec: str = "libx264", crf: int = 23, scale: flo
     if codec == "libx265":
         options["x265-params"] = "log-level=none"
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
+    with ordinary_priority(), av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.height, stream.width = (round(side * scale / 2) * 2 for side in frames.shape[1:3])
         stream.pix_fmt = "yuv420p"
@@ -48,6 +49,19 @@ def encode(frames: np.ndarray, codec: str = "libx264", crf: int = 23, scale: flo
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """SVT-AV1, where root runs it, leaves its caller a real-time thread that starves all others."""
+    if not hasattr(os, "sched_getscheduler"):  # only Linux has them
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def decode(file: bytes | Path) -> Iterator[np.ndarray]:

@@ -4,11 +4,15 @@ Described for third parties in docs/watermark.md. All arithmetic on pixels is in
 that a CPU and a GPU give the same bits.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from wanrt.errors import UsageError
+from wanrt.kernels.reference_watermark import BLOCK, SHIFT
+from wanrt.kernels.registry import here, resolve
 from wanrt.media.watermark_code import ID_BITS
 from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
 from wanrt.media.watermark_key import NAME, grid_for, key
@@ -16,18 +20,29 @@ from wanrt.media.watermark_key import NAME, grid_for, key
 __all__ = ["NAME", "Watermark"]
 
 MIN_SIDE = 64  # pixels; smaller frames are left alone
-FLAT = 3  # levels: a frame whose brightness spans no more is left alone, nothing hides a pattern
-CARRIED = 16.0  # standard deviations: what is read back this clearly is read back whole
+FLAT = 3  # levels: a frame of which no channel spans more is left alone, nothing hides a pattern
+CARRIED = 13.0  # standard deviations: from about 12 on, the identifier is read without errors
 
-BLOCK = 8  # pixels: the strength is one number per block
 LOW_CUT = 0.7
-# By the grid: strength where there is no texture (levels RMS), and what most texture adds as a
-# share of it. A codec leaves less of a small picture's chips, and less where there is texture.
+# By the grid: strength where there is no texture (levels RMS), and what a block's texture adds to
+# it. A codec leaves less of a small picture's chips, and less where there is texture.
 STRENGTHS = {96: (1.5, 0.5), 64: (2.4, 0.15), 32: (1.7, 1.0)}
+_TEXTURED = 20.0  # levels, standard deviation: of a block where that much is added
+# What is added everywhere in a frame of which half the blocks have the second of these standard
+# deviations (nothing at the first): there the picture itself drowns the pattern, and hides it.
+_DENSE, _DENSE_FROM, _DENSE_TO = 0.5, 10.0, 25.0
+
 _HEADROOM = 8  # levels from black and white below which the strength fades
-_MAX_VARIANCE = 400  # of the brightness within a block: more adds nothing
-_ONE = 32  # fixed point: a pattern value and a strength of 1
-_SHIFT = 10  # their product's
+_MAX_VARIANCE = 625  # the tables' last entry
+_ONE = 32  # fixed point: a pattern value, a strength or a factor of 1
+assert 1 << SHIFT == _ONE * _ONE
+
+
+class Tables(NamedTuple):
+    """int32 `[626]` in fixed point: by a block's variance; by the frame's median of them."""
+
+    strength: Tensor
+    dense: Tensor
 
 
 class Watermark:
@@ -46,7 +61,7 @@ class Watermark:
         grid = grid_for(height, width)
         self._chips = key(grid).chips(identifier)
         self._pattern = _blocked(pixel_pattern(self._chips, height, width))
-        self._strengths = strength_table(grid)
+        self._tables = strength_tables(grid)
         self._evidence: Evidence | None = Evidence((grid,))
 
     @property
@@ -62,14 +77,17 @@ class Watermark:
             return frames.clone() if isinstance(frames, Tensor) else frames.copy()
         if isinstance(frames, Tensor):
             return self._apply(frames)
-        return self._apply(torch.from_numpy(np.ascontiguousarray(frames))).numpy()
+        return self._apply(torch.from_numpy(np.require(frames, None, ["C", "W"]))).numpy()
 
     def _apply(self, frames: Tensor) -> Tensor:
         self._pattern = self._pattern.to(frames.device)
-        self._strengths = self._strengths.to(frames.device)
+        self._tables = Tables(*(table.to(frames.device) for table in self._tables))
+        mark_frame = resolve("mark_frame", here(torch.uint8, frames.device.type)).function
+        rows, _, columns, _ = self._pattern.shape
         out = torch.empty_like(frames, memory_format=torch.contiguous_format)
         for frame, marked in zip(frames, out, strict=True):
-            mark(frame, self._pattern, self._strengths, marked)
+            strength = strengths_of(frame, rows, columns, self._tables)
+            marked.copy_(mark_frame(frame, self._pattern, strength))
             self._watch(marked)
         return out
 
@@ -83,26 +101,15 @@ class Watermark:
             self._evidence = None
 
 
-def mark(frame: Tensor, pattern: Tensor, strengths: Tensor, out: Tensor) -> None:
-    """Write the marked uint8 `[H, W, 3]` to `out`; pattern and strengths lie on its device.
+def strengths_of(frame: Tensor, rows: int, columns: int, tables: Tables) -> Tensor:
+    """int16 `[rows, columns]`, one for each block; all 0 where the frame is flat.
 
-    Texture and headroom are taken from every second pixel each way.
+    Brightness is (R + 2 G + B) / 4, of every second pixel each way.
     """
-    height, width, _ = frame.shape
-    rows, _, columns, _ = pattern.shape
-    strength = strengths_of(frame, rows, columns, strengths)
-    change = pattern * strength[:, None, :, None]
-    change.add_(1 << (_SHIFT - 1)).bitwise_right_shift_(_SHIFT)
-    change = change.view(rows * BLOCK, columns * BLOCK * 3)[:height, : width * 3]
-    sums = change + frame.reshape(height, width * 3)  # uint8 joins int16
-    out.copy_(sums.clamp_(0, 255).view(height, width, 3))
-
-
-def strengths_of(frame: Tensor, rows: int, columns: int, table: Tensor) -> Tensor:
-    """int16 `[rows, columns]`, one for each block; all 0 where the frame is flat."""
     thin = frame[::2, ::2].to(torch.int32)
     bright = (thin[..., 0] + 2 * thin[..., 1] + thin[..., 2]) >> 2  # [h, w]
-    low, high = bright.aminmax()
+    colours = thin.reshape(-1, 3)
+    spans = (colours.amax(0) - colours.amin(0)).amax() > FLAT
     side = BLOCK // 2
     count = side * side
     bright = bright[_repeat_last(bright.shape[0], rows * side, frame.device)]
@@ -110,22 +117,24 @@ def strengths_of(frame: Tensor, rows: int, columns: int, table: Tensor) -> Tenso
     blocks = bright.view(rows, side, columns, side)
     total, squares = blocks.sum((1, 3)), (blocks * blocks).sum((1, 3))
     variance = (squares * count - total * total).div_(count * count, rounding_mode="floor")
+    variance.clamp_(max=_MAX_VARIANCE)
     mean = total.div_(count, rounding_mode="floor")
-    room = torch.minimum(mean, 255 - mean).clamp_(max=_HEADROOM)
-    room *= high - low > FLAT
-    strength = table[variance.clamp_(max=_MAX_VARIANCE)] * room.to(torch.int16)
-    return strength.div_(_HEADROOM, rounding_mode="floor")
+    room = torch.minimum(mean, 255 - mean).clamp_(max=_HEADROOM) * spans
+    strength = tables.strength[variance] * tables.dense[variance.median()] * room
+    return strength.div_(_ONE * _HEADROOM, rounding_mode="floor").to(torch.int16)
 
 
 def _repeat_last(count: int, padded: int, device: torch.device) -> Tensor:
     return torch.arange(padded, device=device).clamp_(max=count - 1)
 
 
-def strength_table(grid: int) -> Tensor:
-    """int16 `[401]`, in fixed point: the strength by the variance of a block's brightness."""
+def strength_tables(grid: int) -> Tables:
     flat, texture = STRENGTHS[grid]
-    deviation = np.sqrt(np.arange(_MAX_VARIANCE + 1) / _MAX_VARIANCE)
-    return torch.from_numpy(np.rint(_ONE * flat * (1 + texture * deviation)).astype(np.int16))
+    deviation = np.sqrt(np.arange(_MAX_VARIANCE + 1))
+    strength = flat * (1 + texture * np.minimum(deviation / _TEXTURED, 1))
+    part = ((deviation - _DENSE_FROM) / (_DENSE_TO - _DENSE_FROM)).clip(0, 1)
+    both = (np.rint(_ONE * values).astype(np.int32) for values in (strength, 1 + _DENSE * part))
+    return Tables(*map(torch.from_numpy, both))
 
 
 def pixel_pattern(chips: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -152,6 +161,6 @@ def _blocked(pixels: np.ndarray) -> Tensor:
     height, width = pixels.shape
     rows, columns = -(-height // BLOCK), -(-width // BLOCK)
     fixed = np.zeros((rows * BLOCK, columns * BLOCK), np.int16)
-    fixed[:height, :width] = np.rint(_ONE * pixels)
+    fixed[:height, :width] = np.rint(_ONE * pixels.clip(-4, 4))
     thrice = np.repeat(fixed, 3, axis=1)
     return torch.from_numpy(thrice.reshape(rows, BLOCK, columns, 3 * BLOCK))

@@ -8,9 +8,9 @@ import numpy as np
 from wanrt.media.watermark_evidence import SAMPLES, correlation, overlaps
 from wanrt.media.watermark_key import key
 
-SCALES = tuple(0.84 + 0.0125 * step for step in range(13))  # of the original's side that is left
+SCALES = tuple(1 - 0.0125 * step for step in range(13))  # of the original's side that is left
 _CANDIDATES = 6
-_ROOM = 1.25  # transforms are this much longer than the map: more than 1 / 0.84
+_ROOM = 1.25  # transforms are this much longer than the map: more than 1 / 0.85
 
 # The refinement moves by these, twice.
 _SCALE_MOVES = (-0.00625, 0.0, 0.00625)
@@ -48,7 +48,7 @@ def candidates(samples: np.ndarray) -> list[Alignment]:
     """The most promising crops, best first, each refined.
 
     All offsets at once for each pair of scales, as a correlation by Fourier transforms; crops to
-    84 % of either side or more are found. About a quarter of a second on one core.
+    85 % of either side or more are found. The transforms of all patterns, 60 MB, are kept.
     """
     side = len(samples)
     size = int(side * _ROOM)

@@ -1,6 +1,6 @@
 """What frames say about the watermark: a small map, summed over them, in which chips are read."""
 
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Evidence:
 
     def add(self, frame: np.ndarray) -> None:
         """uint8 `[H, W, 3]`."""
+        assert frame.dtype == np.uint8 and frame.shape[2:] == (3,), f"{frame.dtype} {frame.shape}"
         height, width, _ = frame.shape
         luma = frame.astype(np.float32) @ _LUMA
         for grid, samples in self._maps.items():
@@ -67,7 +68,7 @@ def _box(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@cache
+@lru_cache(maxsize=12)
 def _areas(pixels: int, samples: int) -> np.ndarray:
     """float32 `[samples, pixels]`: the mean of the pixels, or parts of them, under each sample."""
     edges = np.linspace(0, pixels, samples + 1)
