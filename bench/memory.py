@@ -98,9 +98,9 @@ def main(out: Path | None, as_json: bool) -> None:
         insert(out, markdown())
 
 
-def insert(path: Path, table: str, bench: str = "memory") -> None:
-    """Replace what stands between the two comment lines of a page."""
-    begin, end = f"<!-- wanrt bench {bench} -->\n", "<!-- end -->\n"
+def insert(path: Path, table: str, command: str = "wanrt bench memory") -> None:
+    """Replace what stands behind the comment that names the command, up to the next `end`."""
+    begin, end = f"<!-- {command} -->\n", "<!-- end -->\n"
     before, found, rest = path.read_text().partition(begin)
     assert found, f"{path} has no line {begin!r}"
     path.write_text(before + begin + table + end + rest.partition(end)[2])

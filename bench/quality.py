@@ -1,152 +1,75 @@
-"""`wanrt bench quality`: what each precision of the VAE's decoder costs, in dB against fp32.
+"""`wanrt bench quality`: the numerical contract of every precision, measured on the CPU.
 
-PSNR with peak 2 (pixels lie in [-1, 1]) of a clip decoded frame by frame. Without weights, the
-true-size VAE 2.1 with random ones, its last convolution scaled to results of standard deviation
-0.45. A random network hands on errors that a trained one damps.
+Three parts: `layers` (each kind of layer in each format), `requests` (nano's latents, pictures and
+the scorer's verdicts) and `vae` (decoders). Printed as JSON lines, or written into docs/quality.md.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from wanrt.bench import fp16_sums
+from wanrt.bench import quality_layers, quality_requests, quality_vae
 from wanrt.bench.measure import machine
-from wanrt.config import VAE_2_1
+from wanrt.bench.memory import insert
 from wanrt.errors import UsageError
-from wanrt.kernels import reference_vae
-from wanrt.models.vae import WanVAE
-from wanrt.models.vae_int8 import calibrate, default_convs, quantize_vae
-from wanrt.models.vae_layers import TORCH, Int8CausalConv3d, VaeOps
-from wanrt.nano.train_vae import render_batch
-from wanrt.quant.conv_int8 import Range, StaticInt8
-from wanrt.weights.load import load_component
 
-BARS = {"int8": 45.0, "fp16-sums": 60.0}  # dB
-STD = 0.45  # of a random VAE's results, before they are clamped
-# The reference's ops are fp32 inside and take fp16 on any CPU at the speed of fp32.
-EXACT = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))._replace(
-    causal_conv3d_int8=TORCH.causal_conv3d_int8
-)
+_UNITS = {"db": "dB", "psnr": "PSNR, dB", "ssim": "SSIM"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way to decode."""
+class Settings:
+    """What the parts are asked for."""
 
-    vae: str
-    variant: str
-    int8_convs: int
-    db: float
-    bar: float | None
-    state_bytes: int  # what decoding remembers between chunks
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An fp32 VAE, what it was calibrated with, and what it decodes."""
-
-    name: str
-    vae: WanVAE
-    ranges: dict[str, Range]
-    latents: Tensor
+    vae: Path | None = None
+    size: str = "48x48"
+    variants: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    prompts: int = 256
 
 
-def main(weights: Path | None, size: str, variants: list[str]) -> None:
-    """A JSON line for each variant."""
-    unknown = set(variants) - set(VARIANTS)
-    if unknown:
-        raise UsageError(f"no variant {min(unknown)!r}; choose of {', '.join(VARIANTS)}")
-    width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()) or int(width) % 8 or int(height) % 8:
-        raise UsageError(f"size {size!r}: write WIDTHxHEIGHT in multiples of 8, as 48x48")
-    with torch.inference_mode():
-        given = trained(weights) if weights else random(int(height) // 8, int(width) // 8)
-        for row in measure(given, variants or list(VARIANTS)):
-            print(json.dumps({"bench": "quality"} | asdict(row) | machine("cpu")), flush=True)
-
-
-def measure(given: Subject, variants: list[str]) -> Iterator[Row]:
-    """PSNR of each variant with the fp32 decode."""
-    expected, _ = _decode(given.vae, given.latents)
-    for name in variants:
-        vae = VARIANTS[name](given)
-        actual, state_bytes = _decode(vae, given.latents)
-        count = sum(isinstance(module, Int8CausalConv3d) for module in vae.decoder.modules())
-        yield Row(given.name, name, count, psnr(actual, expected), BARS.get(name), state_bytes)
-
-
-def psnr(actual: Tensor, expected: Tensor) -> float:
-    """dB, peak 2."""
-    error = (actual.double() - expected.double()).square().mean().item()
-    return 10 * math.log10(4 / error) if error else math.inf
-
-
-def random(height: int, width: int) -> Subject:
-    """The true-size VAE 2.1 with PyTorch's random weights; latents [1, 16, 3, height, width]."""
-    torch.manual_seed(0)
-    vae = WanVAE(VAE_2_1).eval().requires_grad_(False)
-    latents, seen = (torch.randn(1, 16, 3, *side) for side in ((height, width), (14, 14)))
-    head, raw = vae.decoder.head[2], []
-    handle = head.register_forward_hook(lambda module, args, y: raw.append(y))
-    vae.decode(latents)
-    handle.remove()
-    factor = STD / torch.cat(raw, 2).std()
-    head.weight.mul_(factor)
-    head.bias.mul_(factor)
-    return Subject("random VAE 2.1", vae, calibrate(vae, [seen]), latents)
-
-
-def trained(path: Path, clips: int = 4) -> Subject:
-    """A VAE from a file; latents are its own encodings of nano's procedural clips."""
-    vae = load_component(path, "vae")
-    assert isinstance(vae, WanVAE)
-    rng = np.random.default_rng(0)
-    latents = [vae.encode(render_batch(1, rng)) for _ in range(2 * clips)]
-    evaluated = torch.cat([z[:, :, :3] for z in latents[:clips]])
-    return Subject(path.name, vae, calibrate(vae, latents[clips:]), evaluated)
-
-
-def _decode(vae: WanVAE, latents: Tensor) -> tuple[Tensor, int]:
-    """Pixels, and the bytes of the last state."""
-    parts, state_bytes = [], 0
-    for frames, state in vae.decode_chunks(latents):
-        parts.append(frames)
-        state_bytes = sum(slot.nbytes for slot in state.slots if slot is not None)
-    return torch.cat(parts, 2), state_bytes
-
-
-def _cast(vae: WanVAE, dtype: torch.dtype, ops: VaeOps) -> WanVAE:
-    result = WanVAE(vae.spec, ops).eval().requires_grad_(False)
-    result.load_state_dict(vae.state_dict())
-    return result.to(dtype)
-
-
-def _int8(
-    dtype: torch.dtype, everywhere: bool = False, form: StaticInt8 | None = None
-) -> Callable[[Subject], WanVAE]:
-    def make(given: Subject) -> WanVAE:
-        vae = _cast(given.vae, dtype, EXACT)
-        names = list(given.ranges) if everywhere else default_convs(vae)
-        return quantize_vae(vae, given.ranges, names, form)
-
-    return make
-
-
-VARIANTS: dict[str, Callable[[Subject], WanVAE]] = {
-    "bf16": lambda given: _cast(given.vae, torch.bfloat16, EXACT),
-    "fp16": lambda given: _cast(given.vae, torch.float16, EXACT),
-    "fp16-sums": lambda given: _cast(
-        given.vae, torch.float16, EXACT._replace(causal_conv3d=fp16_sums.causal_conv3d)
+PARTS: dict[str, Callable[[Settings], Iterator[Any]]] = {
+    "layers": lambda s: quality_layers.rows(),
+    "requests": lambda s: quality_requests.rows(
+        list(s.modes) or list(quality_requests.MODES), s.prompts
     ),
-    "int8": _int8(torch.float16),
-    "int8-bf16": _int8(torch.bfloat16),
-    "int8-symmetric": _int8(torch.float16, form=StaticInt8(symmetric=True)),
-    "int8-everywhere": _int8(torch.float16, everywhere=True),
-    "int8-everywhere-symmetric": _int8(torch.float16, True, StaticInt8(symmetric=True)),
+    "vae": lambda s: quality_vae.rows(s.vae, s.size, list(s.variants)),
 }
+
+
+def main(parts: Sequence[str], settings: Settings, out: Path | None) -> None:
+    """Measure some parts, or all; to stdout, and with `out` into that page too."""
+    unknown = set(parts) - set(PARTS) or set(settings.modes) - set(quality_requests.MODES)
+    if unknown:
+        choices = ", ".join((*PARTS, *quality_requests.MODES))
+        raise UsageError(f"no part or mode {min(unknown)!r}; choose of {choices}")
+    for part in parts or PARTS:
+        found = []
+        for row in PARTS[part](settings):
+            found.append(row)
+            line = {"bench": "quality", "part": part} | asdict(row) | machine("cpu")
+            print(json.dumps(line), flush=True)
+        if out is not None:
+            insert(out, table(found), f"wanrt bench quality --part {part}")
+
+
+def table(rows: Sequence[Any]) -> str:
+    """Markdown of dataclass rows of one kind, with the machine below it."""
+    names = [field.name for field in fields(rows[0])]
+    lines = [f"| {' | '.join(_UNITS.get(n, n.replace('_', ' ')) for n in names)} |"]
+    lines.append(f"|{'---|' * len(names)}")
+    lines += [f"| {' | '.join(_cell(getattr(row, name)) for name in names)} |" for row in rows]
+    where = machine("cpu")
+    lines += [
+        "",
+        f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, "
+        f"commit {where['commit']}, {where['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

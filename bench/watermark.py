@@ -43,7 +43,7 @@ def main(videos: list[Path], only: str, crops: int, out: Path | None) -> None:
         print(json.dumps({"bench": "watermark", "kind": kind} | asdict(result) | about), flush=True)
         results.append(result)
     if out is not None:
-        insert(out, markdown(results, about), "watermark")
+        insert(out, markdown(results, about), "wanrt bench watermark")
 
 
 def _all(chosen: list[Subject], crops: int) -> Iterator[tuple[str, Result]]:

@@ -14,7 +14,7 @@ from wanrt.kernels.cases import heavy_tailed
 from wanrt.kernels.reference import GROUP, quantize, rotate
 from wanrt.memory.placement import Placement
 from wanrt.models.dit import Block, TimeEmbedding
-from wanrt.models.eight_bit import make_eight_bit, policy_formats
+from wanrt.models.eight_bit import convert, policy_formats, quantize_attention
 from wanrt.models.layers import RopeTables
 from wanrt.models.lora import LowRankBranch
 from wanrt.models.quantized import QuantizedLinear
@@ -108,16 +108,11 @@ def test_long_sequences_go_in_parts(precision: EightBit, monkeypatch: pytest.Mon
 def eight_bit(block: Block, precision: EightBit) -> Block:
     """The block with the policy's formats, made of its own weights."""
     model = nn.Module()
-    model.blocks = nn.ModuleList([block])
-    plain = {name: p.detach() for name, p in model.named_parameters()}
+    model.blocks = nn.ModuleList([block.requires_grad_(False)])
     formats = policy_formats(model, precision)
-    make_eight_bit(model, formats, precision, CPU, torch.float32)
-    for name, form in formats.items():
-        linear = model.get_submodule(name.removesuffix(".weight"))
-        made = torch_quantize.quantize_weight(plain[name], form.dtype, form.rotated)
-        linear.weight.data, linear.weight_scale.data = made
-        linear.bias.data = plain[name.removesuffix("weight") + "bias"]
-    return block.eval().requires_grad_(False)
+    convert(model, {name.removesuffix(".weight"): form for name, form in formats.items()})
+    quantize_attention(model, precision, CPU, torch.float32)
+    return block.eval()
 
 
 @pytest.mark.parametrize(("precision", "bar"), [("int8", 0.999), ("fp8", 0.997)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanrt.bench import fp16_sums, quality
+from wanrt.bench import fp16_sums, quality_vae
 from wanrt.config import NANO, VAE_2_2, VaeSpec, VaeWork
 from wanrt.errors import UsageError
 from wanrt.kernels import reference_vae
@@ -31,7 +31,7 @@ def without_gradients() -> None:
 
 def random_vae(spec: VaeSpec = TINY) -> WanVAE:
     """The reference's arithmetic: frame by frame, so that bits can be compared."""
-    return WanVAE(spec, quality.EXACT).eval().requires_grad_(False)
+    return WanVAE(spec, quality_vae.EXACT).eval().requires_grad_(False)
 
 
 def latents(frames: int = 3) -> Tensor:
@@ -121,8 +121,8 @@ def test_a_cast_of_the_scales_is_refused() -> None:
 
 
 def test_psnr() -> None:
-    assert quality.psnr(torch.full((9,), 0.2), torch.zeros(9)) == pytest.approx(20)
-    assert quality.psnr(torch.ones(9), torch.ones(9)) == math.inf
+    assert quality_vae.psnr(torch.full((9,), 0.2), torch.zeros(9)) == pytest.approx(20)
+    assert quality_vae.psnr(torch.ones(9), torch.ones(9)) == math.inf
 
 
 def test_fp16_sums_are_those_of_the_reference_where_nothing_is_rounded() -> None:
@@ -144,26 +144,26 @@ def test_fp16_sums_round() -> None:
 
 def test_quality_names_what_it_does_not_know() -> None:
     with pytest.raises(UsageError, match="no variant 'int4'"):
-        quality.main(None, "48x48", ["int4"])
+        list(quality_vae.rows(None, "48x48", ["int4"]))
     with pytest.raises(UsageError, match="multiples of 8"):
-        quality.main(None, "50x48", ["int8"])
+        list(quality_vae.rows(None, "50x48", ["int8"]))
 
 
-def check_bars(given: quality.Subject) -> None:
+def check_bars(given: quality_vae.Subject) -> None:
     """Every figure that has a bar, and bf16's beside them."""
-    rows = {row.variant: row for row in quality.measure(given, ["bf16", *quality.BARS])}
+    rows = {row.variant: row for row in quality_vae.measure(given, ["bf16", *quality_vae.BARS])}
     for row in rows.values():
         print(f"{row.vae}: {row.variant} {row.db:.2f} dB, bar {row.bar}")
-    assert all(rows[name].db >= bar for name, bar in quality.BARS.items()), rows
+    assert all(rows[name].db >= bar for name, bar in quality_vae.BARS.items()), rows
 
 
 def test_nano_keeps_the_bars() -> None:
     path = Path(NANO_WEIGHTS) / "vae.safetensors"
     if not path.is_file():
         pytest.skip(f"needs {path.name} of nano")
-    check_bars(quality.trained(path, clips=2))
+    check_bars(quality_vae.trained(path, clips=2))
 
 
 @pytest.mark.slow
 def test_the_true_size_vae_keeps_the_bars() -> None:
-    check_bars(quality.random(4, 4))
+    check_bars(quality_vae.random(4, 4))

@@ -174,14 +174,20 @@ def bench_compile(
 
 
 def bench_quality(
+    part: Annotated[str, typer.Option(help="layers, requests, vae; all by default.")] = "",
+    modes: Annotated[str, typer.Option(help="Of requests, as int8,fp8; all by default.")] = "",
+    prompts: Annotated[int, typer.Option(help="Of requests.", min=1, max=256)] = 256,
     vae: Annotated[Path | None, typer.Option(help="A VAE's file; random weights if none.")] = None,
     size: Annotated[str, typer.Option(help="Of the random VAE's clip.")] = "48x48",
-    variants: Annotated[str, typer.Option(help="Such as bf16,int8; all by default.")] = "",
+    variants: Annotated[str, typer.Option(help="Of the VAE, as bf16,int8; all by default.")] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
 ) -> None:
-    """PSNR of each precision of the VAE's decoder against fp32, on the CPU, as JSON lines."""
+    """The numbers of every precision beside fp32's, on the CPU, as JSON lines."""
     from wanrt.bench import quality
 
-    quality.main(vae, size, variants.split(",") if variants else [])
+    wanted = (tuple(text.split(",")) if text else () for text in (part, variants, modes))
+    parts, variants_, modes_ = wanted
+    quality.main(parts, quality.Settings(vae, size, variants_, modes_, prompts), out)
 
 
 def bench_ops(

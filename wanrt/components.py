@@ -208,6 +208,13 @@ class Components:
         }
         self.parts.require(*(kind for kind, wanted in needed.items() if wanted))
 
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Have this module in the place of a loaded one, from now on."""
+        assert name in self._loaded, f"{name=}"
+        self._loaded[name] = module
+        if name in self._adapters:
+            self._adapters[name] = Adapter(module, self.device)
+
     def release(self, *names: str) -> None:
         """Free parts that the coming phases do not need; does nothing where all parts fit."""
         if not self.keep and any(name in self._loaded for name in names):

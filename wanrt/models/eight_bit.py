@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.kernels.reference import GROUP
+from wanrt.kernels.torch_quantize import quantize_weight
 from wanrt.models.dit import Block
 from wanrt.models.layers import Linear, choose
 from wanrt.models.quantized import EightBitOps, Products, QuantizedLinear, Quantizers
@@ -101,6 +102,18 @@ def quantize_linears(
         with old.weight.device:
             new = QuantizedLinear(old.in_features, old.out_features, form, dtype, ops[form])
         module.set_submodule(name, new)
+
+
+def convert(module: nn.Module, formats: Mapping[str, LinearFormat]) -> None:
+    """Give products of a loaded fp32 model on the CPU eight-bit forms of their own weights."""
+    plain = {name: module.get_submodule(name) for name in formats}
+    quantize_linears(module, formats, torch.device("cpu"), torch.float32)
+    for name, form in formats.items():
+        made, old = module.get_submodule(name), plain[name]
+        made.weight.data, made.weight_scale.data = quantize_weight(
+            old.weight, form.dtype, form.rotated
+        )
+        made.bias.data = old.bias.data
 
 
 def quantize_attention(

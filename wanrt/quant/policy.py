@@ -2,7 +2,7 @@
 
 Three levels. `full`: weights and activations in eight bits, the fast product. `weights`: eight bits
 in memory, the product in the model's own dtype. `plain`: nothing is quantised. The reasons with
-figures come from `wanrt bench sensitivity` (docs/quality.md).
+figures come from `wanrt bench quality --part layers` (docs/quality.md).
 """
 
 import re
