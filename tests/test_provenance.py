@@ -409,6 +409,9 @@ def test_mark_keeps_picture_sound_and_manifest(folder: Path, tmp_path: Path) -> 
     store = json.loads(c2pa.Reader(str(again.path)).json())
     (parent,) = store["manifests"][store["active_manifest"]]["ingredients"]
     assert parent["relationship"] == "parentOf" and parent["active_manifest"] == saved.manifest
+    assert again.watermark == saved.watermark
+    found = verify(again.path)
+    assert (found.state, found.layers.watermark.id) == ("marked", saved.watermark)
     picture = mark_file(folder / "d.png", tmp_path / "out.png")
     assert verify(picture.path).layers.c2pa.source_type == GENERATED
 

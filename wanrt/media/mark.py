@@ -51,6 +51,17 @@ class Steps:
             return None
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What a copy keeps of its original: the sound of a video, the watermark's 32 bits."""
+
+    sound: Path | None = None
+    identifier: int | None = None
+
+
+NOTHING_EXTRA = Extra()
+
+
 class Mark:
     """Grows with the frames, then with the finished file; `saved` says how far it got."""
 
@@ -61,19 +72,17 @@ class Mark:
         marking: Marking,
         key: "SigningKey | None",
         missing: list[str],
-        sound: Path | None = None,
+        extra: Extra = NOTHING_EXTRA,
     ) -> None:
-        """key: None where there is none, and nothing will be signed. missing: what failed before.
-
-        sound: a video whose sound joins the pictures.
-        """
-        self.target, self.marking, self.key, self.sound = target, marking, key, sound
+        """key: None where nothing is to be signed. missing: what failed before."""
+        self.target, self.marking, self.key, self.extra = target, marking, key, extra
         self.origin = origin if marking.record_prompt else replace(origin, prompt=None)
         self.on = marking.mode != "off"
         self.steps = Steps(marking.mode, list(missing))
         self.saved = Saved(target, "", 0, marking.mode)
         self.num_frames = 0
-        self._identifier = secrets.randbits(32)
+        kept = extra.identifier
+        self._identifier = secrets.randbits(32) if kept is None else kept
         self._watermark: watermark.Watermark | None = None
         self._sidecar = sidecar_for(target, marking)
         self._replaced: bytes | None = None  # the manifest that lay there
@@ -90,9 +99,9 @@ class Mark:
 
     def seal(self, part: Path) -> None:
         """XMP and the signed manifest, read back; `part` then holds what gets the final name."""
-        if self.sound is not None:
+        if self.extra.sound is not None:
             with PendingFile(part) as mixed:
-                add_sound(part, self.sound, mixed.part)
+                add_sound(part, self.extra.sound, mixed.part)
         if self.on:
             if self._watermark is not None and self._watermark.carried:
                 self.saved = replace(self.saved, watermark=f"{self._identifier:08x}")

@@ -1,6 +1,7 @@
 """Marks a file that another generator made: its frames are watermarked and encoded anew."""
 
 import logging
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 from wanrt.errors import FormatError, UsageError
 from wanrt.media import provenance
 from wanrt.media.image import is_image, load_image, to_uint8
+from wanrt.media.mark import Extra
 from wanrt.media.marking import REQUIRED, Input, Marking, Origin, Saved
 from wanrt.media.saving import Marker
 from wanrt.media.sound import has_sound
+from wanrt.media.verification import find_watermark
 from wanrt.media.video import VideoInfo, iter_frames, probe_video
 
 log = logging.getLogger("wanrt")
@@ -30,8 +33,9 @@ def mark_file(
     """Write a marked copy; `source` stays as it is. Its sound is copied, its manifest is kept.
 
     codec: None takes av1 for `.webm` and h264 otherwise. A manifest of the source becomes the
-    parent of the new one, whether it still holds or not. Raises FormatError, UsageError,
-    OutputError, MarkingError.
+    parent of the new one, whether it still holds or not; a watermark that is there already is
+    strengthened, since two could not be told apart. Raises FormatError, UsageError, OutputError,
+    MarkingError.
     """
     source, out = Path(source), Path(out)
     still = is_image(source)
@@ -43,13 +47,16 @@ def mark_file(
     marker = Marker(marking)
     marker.check(out, codec, crf, overwrite, num_frames=1 if still else None)
     origin = Origin(model, "mark", _parent(source))
+    found, _ = find_watermark(source)
+    extra = Extra(identifier=None if found.id is None else int(found.id, 16))
     if still:
         picture = to_uint8(load_image(source)[:, None], nearest=True)
-        return marker.save(picture, out, 1, codec, crf, overwrite, origin)
+        return marker.save(picture, out, 1, codec, crf, overwrite, origin, extra)
     info = probe_video(source)
     _warn_of_uneven_times(source, info)
-    sound = source if has_sound(source) else None
-    return marker.save(iter_frames(source), out, info.fps, codec, crf, overwrite, origin, sound)
+    if has_sound(source):
+        extra = replace(extra, sound=source)
+    return marker.save(iter_frames(source), out, info.fps, codec, crf, overwrite, origin, extra)
 
 
 def _parent(source: Path) -> tuple[Input, ...]:

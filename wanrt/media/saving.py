@@ -14,7 +14,7 @@ from wanrt import env
 from wanrt.errors import MarkingError, OutputError
 from wanrt.media import ledger, provenance
 from wanrt.media.frames import Clip
-from wanrt.media.mark import Mark, Steps, sidecar_for
+from wanrt.media.mark import NOTHING_EXTRA, Extra, Mark, Steps, sidecar_for
 from wanrt.media.marking import REQUIRED, UNKNOWN, Marking, Origin, Saved
 from wanrt.media.output import check_output
 from wanrt.media.video import check_codec, write_video
@@ -97,11 +97,11 @@ class Marker:
         crf: int | None = None,
         overwrite: bool = False,
         origin: Origin = UNKNOWN,
-        sound: Path | None = None,
+        extra: Extra = NOTHING_EXTRA,
     ) -> Saved:
-        """As `save_video`; sound: a video whose sound goes with the frames, as it is."""
+        """As `save_video`."""
         target = self.check(path, codec, crf, overwrite)
-        mark = Mark(target, origin, self.marking, self.key, self.steps.missing, sound)
+        mark = Mark(target, origin, self.marking, self.key, self.steps.missing, extra)
         try:
             write_video(target, mark.frames(frames), fps, codec, crf, overwrite, mark.seal)
         except BaseException:

@@ -110,7 +110,7 @@ def verify(
         stated = _xmp(path)
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
-    mark, broken = _watermark(path)
+    mark, broken = find_watermark(path)
     match = None if ledger_file is None else _match(path, Path(ledger_file), mark)
     layers = Layers(manifest, stated, mark, match)
     state, reasons = _judge(layers, broken)
@@ -144,8 +144,8 @@ def _xmp(path: Path) -> XmpLayer:
     return XmpLayer("valid" if source in AI_SOURCES else "other source", source)
 
 
-def _watermark(path: Path) -> tuple[WatermarkLayer, FormatError | None]:
-    """The watermark in the first frames, and why no more of them could be decoded."""
+def find_watermark(path: Path) -> tuple[WatermarkLayer, FormatError | None]:
+    """The watermark in the first 120 frames, and why no more of them could be decoded."""
     broken: list[FormatError] = []
     count = 0
 
