@@ -31,7 +31,7 @@ _TIMED = 9
 
 def main(videos: list[Path], only: str, crops: int, out: Path | None) -> None:
     """JSON lines as they come; the report between the marks of a page."""
-    missing = [video for video in videos if not video.is_file()]
+    missing = [path for path in [*videos, *([out] if out else [])] if not path.is_file()]
     if missing:
         raise UsageError(f"no such file: {missing[0]}")
     chosen = [one for one in [*subjects(), *map(given, videos)] if only in one.name]

@@ -106,6 +106,8 @@ def _clips(clips: list[Clip], rows: list[Row]) -> Iterator[str]:
         yield f"| {clip.clip} | {clip.size}, {clip.num_frames} | {psnr} | {lowest} | {missed} |"
     marked = [clip.psnr for clip in clips if clip.carried]
     wrong = sum(row.wrong for row in rows)
+    if not marked:
+        return
     yield ""
     yield (
         f"Median PSNR {statistics.median(marked):.1f} dB over {len(marked)} clips that carry the "

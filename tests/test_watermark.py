@@ -106,6 +106,17 @@ def test_chunks_frames_and_devices_do_not_matter(size: tuple[int, int]) -> None:
     assert detect(whole).identifier == IDENTIFIER
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_backend_that_is_forced_marks_alike(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames on a CPU take PyTorch's op where Triton's is asked for."""
+    frames = clouds(97, 131)[:2]
+    expected = marked(frames)
+    monkeypatch.setenv("WANRT_OPS", backend)
+    assert np.array_equal(marked(frames), expected)
+
+
 def test_what_is_added_is_grey_and_within_range() -> None:
     """The same change in R, G and B except where one of them would leave 0 to 255."""
     frames = clouds(200, 300)[:1]

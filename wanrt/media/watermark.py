@@ -4,15 +4,18 @@ Described for third parties in docs/watermark.md. All arithmetic on pixels is in
 that a CPU and a GPU give the same bits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wanrt.env import ops_backend
 from wanrt.errors import UsageError
 from wanrt.kernels.reference_watermark import BLOCK, SHIFT
 from wanrt.kernels.registry import here, resolve
+from wanrt.kernels.target import UnsupportedOp
 from wanrt.media.watermark_code import ID_BITS
 from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
 from wanrt.media.watermark_key import NAME, grid_for, key
@@ -23,10 +26,10 @@ MIN_SIDE = 64  # pixels; smaller frames are left alone
 FLAT = 3  # levels: a frame of which no channel spans more is left alone, nothing hides a pattern
 CARRIED = 13.0  # standard deviations: from about 12 on, the identifier is read without errors
 
-LOW_CUT = 0.7
+LOW_CUT = 0.7  # share of their neighbourhood's mean that chips lose
 # By the grid: strength where there is no texture (levels RMS), and what a block's texture adds to
 # it. A codec leaves less of a small picture's chips, and less where there is texture.
-STRENGTHS = {96: (1.5, 0.5), 64: (2.4, 0.15), 32: (1.7, 1.0)}
+STRENGTHS = {96: (1.5, 0.35), 64: (2.4, 0.15), 32: (1.7, 1.0)}
 _TEXTURED = 20.0  # levels, standard deviation: of a block where that much is added
 # What is added everywhere in a frame of which half the blocks have the second of these standard
 # deviations (nothing at the first): there the picture itself drowns the pattern, and hides it.
@@ -48,7 +51,8 @@ class Tables(NamedTuple):
 class Watermark:
     """Marks the frames of one clip, in chunks of any size: each frame by itself, alike in each run.
 
-    Cost: about ten elementwise passes over each frame.
+    Cost: a pass over each frame, and small ones over a quarter of its pixels; until a clip is known
+    to be read, a reading of each frame on the CPU (for most clips of the first one only).
     """
 
     def __init__(self, identifier: int, height: int, width: int) -> None:
@@ -82,7 +86,7 @@ class Watermark:
     def _apply(self, frames: Tensor) -> Tensor:
         self._pattern = self._pattern.to(frames.device)
         self._tables = Tables(*(table.to(frames.device) for table in self._tables))
-        mark_frame = resolve("mark_frame", here(torch.uint8, frames.device.type)).function
+        mark_frame = _choose(frames.device.type)
         rows, _, columns, _ = self._pattern.shape
         out = torch.empty_like(frames, memory_format=torch.contiguous_format)
         for frame, marked in zip(frames, out, strict=True):
@@ -99,6 +103,17 @@ class Watermark:
         grid = len(self._chips)
         if correlation(chips_of(self._evidence.map(grid)), self._chips) >= CARRIED:
             self._evidence = None
+
+
+def _choose(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The op for where frames lie, which may be the CPU though the model is on a GPU."""
+    backend = ops_backend()
+    if device == "cpu" and backend == "triton":
+        backend = "auto"
+    try:
+        return resolve("mark_frame", here(torch.uint8, device), backend).function
+    except UnsupportedOp as error:
+        raise UsageError(str(error)) from error
 
 
 def strengths_of(frame: Tensor, rows: int, columns: int, tables: Tables) -> Tensor:
@@ -129,6 +144,7 @@ def _repeat_last(count: int, padded: int, device: torch.device) -> Tensor:
 
 
 def strength_tables(grid: int) -> Tables:
+    """See STRENGTHS and _DENSE."""
     flat, texture = STRENGTHS[grid]
     deviation = np.sqrt(np.arange(_MAX_VARIANCE + 1))
     strength = flat * (1 + texture * np.minimum(deviation / _TEXTURED, 1))
@@ -140,7 +156,7 @@ def strength_tables(grid: int) -> Tables:
 def pixel_pattern(chips: np.ndarray, height: int, width: int) -> np.ndarray:
     """The chips as float64 pixels `[H, W]`, of RMS 1.
 
-    Of each chip, 0.7 of the mean of its 3 x 3 neighbourhood is taken off (low frequencies carry
+    Of each chip, a share of the mean of its 3 x 3 neighbourhood is taken off (low frequencies carry
     nothing: there pictures drown them); between the centres of chips it is interpolated.
     """
     grid = len(chips)
