@@ -1,6 +1,6 @@
 """Child process of test_memory.py: load parts, print the peak of anonymous memory, run a request.
 
-python loading_child.py MODEL KIND,KIND [--request]
+python loading_child.py MODEL KIND,KIND [--request] [--packed]
 """
 
 import json
@@ -49,7 +49,7 @@ def bytes_of(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
-def main(model: str, kinds: list[str], request: bool) -> None:
+def main(model: str, kinds: list[str], request: bool, packed: bool) -> None:
     sys.setswitchinterval(0.0005)  # the watching thread gets its turn while tensors are read
     result = {}
     for kind in kinds:
@@ -58,7 +58,7 @@ def main(model: str, kinds: list[str], request: bool) -> None:
         skeleton(kind, found.spec)  # the code is imported before the count begins
         before = anonymous_bytes()
         with Peak() as peak:
-            module = wanrt.load_component(found.path, kind, dtype=dtype)
+            module = wanrt.load_component(found.path, kind, dtype, keep_packed=packed)
         result[kind] = {"size": bytes_of(module), "peak": peak.bytes - before}
         del module
     if request:
@@ -80,4 +80,5 @@ def main(model: str, kinds: list[str], request: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), "--request" in sys.argv)
+    flags = sys.argv[3:]
+    main(sys.argv[1], sys.argv[2].split(","), "--request" in flags, "--packed" in flags)

@@ -40,6 +40,8 @@ LINES = {
         (
             "wanrt.weights.load",
             "wanrt.weights.configs",
+            "wanrt.weights.contents",
+            "wanrt.weights.gguf_vocabulary",
             "wanrt.weights.layouts",
             "wanrt.weights.quantize",
             "wanrt.weights.random",

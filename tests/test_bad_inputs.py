@@ -15,17 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wanrt import cli, components
 from wanrt.media.video import write_video
+from wanrt.weights.gguf_file import GgufFile
 
 T2V, I2V, VACE, TI2V = (
     *("wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p", "wan2.1-vace-1.3b", "wan2.2-ti2v-5b"),
 )
 DIT = "diffusion_pytorch_model.safetensors"
+PACKED = "blocks.1.ffn.0.weight"
 SETTINGS = ("--size", "32x32", "--frames", "5", "--steps", "1", "--seed", "3")
 
 
@@ -293,6 +296,12 @@ def entry(name: int | str, size: int = 0) -> str:
     return f'"{name}":{{"dtype":"U8","shape":[{size}],"data_offsets":[0,{size}]}}'
 
 
+def gguf(num_tensors: int, num_settings: int, num_items: int = 2) -> bytes:
+    """The begin of a GGUF file with one setting, a list of bytes."""
+    setting = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, num_items) + bytes(2)
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_settings) + setting
+
+
 BROKEN_WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut.safetensors": (lambda good: good[:-1], "truncated: 1 of"),
     "short.safetensors": (lambda good: good[:500], "truncated: the header needs"),
@@ -311,7 +320,15 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "page.safetensors": (lambda good: b"<!DOCTYPE html>" + bytes(99), "this is a web page"),
     "noise.pth": (lambda good: b"\x99" * 1000, "not a zip-based .pth"),
-    "weights.gguf": (lambda good: b"GGUF" + bytes(99), ".gguf is unknown"),
+    "zeros.gguf": (lambda good: b"GGUF" + bytes(99), "is GGUF version 0; wanrt reads 2 and 3"),
+    "noise.gguf": (lambda good: b"\x99" * 1000, "it does not begin with GGUF"),
+    "other.gguf": (lambda good: good, "it does not begin with GGUF"),
+    "empty.gguf": (lambda good: b"", "truncated: the magic ends at byte 4, the file has 0"),
+    "cut.gguf": (lambda good: gguf(1, 1)[:-1], "truncated: the setting 'k'"),
+    "bomb.gguf": (lambda good: gguf(2**60, 0), f"claims {2**60} tensors; the limit is 20000"),
+    "settings.gguf": (lambda good: gguf(0, 2**60), f"claims {2**60} settings; the limit is 21000"),
+    "list.gguf": (lambda good: gguf(0, 1, 2**60), f"claims {2**60} items of the setting 'k'"),
+    "swapped.gguf": (lambda good: b"GGUF\0\0\0\3" + bytes(99), "is a big-endian GGUF file"),
 }
 
 
@@ -414,6 +431,111 @@ def test_nan_weights(value: float, zoo: Any, tmp_path: Path, wanrt: Callable[...
     assert outcome.code == 3 and not outcome.out
     assert "blocks.1.ffn.0.weight holds NaN or infinity" in outcome.err
     assert outcome.err.count("\n") == 1 and list(tmp_path.iterdir()) == [folder]
+
+
+def packed(zoo: Any, path: Path) -> tuple[object, ...]:
+    """A request to a model whose transformer is a GGUF file with one packed matrix."""
+    weights = load_file(zoo.path(T2V) / DIT)
+    write_gguf(path, weights, lambda name, _: "Q8_0" if name == PACKED else "F32")
+    parts = ("--vae", zoo.path(T2V) / "Wan2.1_VAE.pth")
+    parts += ("--text-encoder", zoo.path(T2V) / "models_t5_umt5-xxl-enc-bf16.pth")
+    return generate(path, *parts)
+
+
+@pytest.mark.parametrize("scale", [b"\xff\x7f", b"\x00\x7c"], ids=["NaN", "infinity"])
+def test_nan_in_a_packed_block(
+    scale: bytes, zoo: Any, tmp_path: Path, wanrt: Callable[..., Outcome]
+) -> None:
+    path = tmp_path / "model.gguf"
+    request = packed(zoo, path)
+    raw, begin = bytearray(path.read_bytes()), GgufFile(path).begin[PACKED]
+    raw[begin : begin + 2] = scale
+    path.write_bytes(raw)
+    outcome = wanrt(*request, "-o", tmp_path / "a.mp4")
+    assert outcome.code == 3 and not outcome.out
+    assert f"{PACKED} holds NaN or infinity" in outcome.err
+    assert outcome.err.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a", "split-00001-of-00002"])
+def test_a_gguf_file_of_another_kind(
+    name: str, zoo: Any, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Formats without a reader, and a part of a split file, are refused by name."""
+    path = tmp_path / f"{name}.gguf"
+    request = packed(zoo, path)
+    raw, label = path.read_bytes(), PACKED.encode()
+    if name == "a":
+        at = raw.index(label) + len(label) + 4 + 2 * 8
+        assert raw[at] == 8
+        path.write_bytes(raw[:at] + b"\x17" + raw[at + 1 :])
+        reason = f"'{PACKED}' is IQ4_XS, which wanrt does not read .get the Q4_0 to Q8_0 or"
+    else:
+        path.unlink()
+        write_gguf(path, {"x": torch.ones(32)}, lambda *_: "F32", split__count=2)
+        reason = "is one of 2 parts of a split file .join them with `llama-gguf-split --merge`"
+    assert_says(refused(3, *request), reason)
+    assert_says(refused(3, "inspect", path), reason)
+
+
+QUERY = "diffusion_model.blocks.0.self_attn.q"
+PAIR = {
+    f"{QUERY}.lora_down.weight": torch.ones(2, 128),
+    f"{QUERY}.lora_up.weight": torch.ones(128, 2),
+}
+LORAS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "another model": ({k: torch.ones(2, 2) for k in PAIR}, "does not fit .*another model"),
+    "no model of ours": ({"unet.down.lora_A.weight": torch.ones(2, 2)}, "in 0 of its 1 keys"),
+    "rank 0": (
+        {
+            f"{QUERY}.lora_down.weight": torch.ones(0, 128),
+            f"{QUERY}.lora_up.weight": torch.ones(128, 0),
+        },
+        "rank 0",
+    ),
+    "same change twice": (
+        PAIR | {k.replace("diffusion_model.", "transformer."): v.clone() for k, v in PAIR.items()},
+        "are the same part of blocks.0.self_attn.q.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_loras(name: str, zoo: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
+    tensors, reason = LORAS[name]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert_says(refused(3, *generate(zoo.path(T2V), "--lora", "lora.safetensors")), reason)
+
+
+def test_too_many_loras(zoo: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
+    save_file(PAIR, tmp_path / "lora.safetensors")
+    flags = ("--lora", "lora.safetensors") * 400
+    assert "400 LoRAs; at most 64 at once" in refused(2, *generate(zoo.path(T2V), *flags))
+
+
+def test_a_lora_with_nan(zoo: Any, tmp_path: Path, wanrt: Callable[..., Outcome]) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(PAIR | {f"{QUERY}.lora_up.weight": torch.full((128, 2), torch.nan)}, path)
+    outcome = wanrt(*generate(zoo.path(T2V), "--lora", path, "-o", tmp_path / "a.mp4"))
+    assert outcome.code == 3 and not outcome.out
+    assert f"{QUERY}.lora_up.weight holds NaN or infinity" in outcome.err
+    assert outcome.err.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lora_without_alpha_and_in_two_dialects(
+    zoo: Any, tmp_path: Path, wanrt: Callable[..., Outcome]
+) -> None:
+    """Neither is a mistake: the alpha is the rank, and each key is understood by itself."""
+    path = tmp_path / "lora.safetensors"
+    key = {
+        f"transformer.blocks.1.attn1.to_k.lora_{x}.weight": v
+        for x, v in zip("AB", PAIR.values(), strict=True)
+    }
+    save_file(PAIR | {name: tensor.clone() for name, tensor in key.items()}, path)
+    outcome = wanrt(*generate(zoo.path(T2V), "--lora", path, "-o", tmp_path / "a.mp4"))
+    assert outcome.code == 0 and "no place" not in outcome.err
+    rows = wanrt("inspect", path, "--model", zoo.path(T2V)).out
+    assert "changes 2 weights" in rows
 
 
 def test_weights_that_overflow(zoo: Any, tmp_path: Path, wanrt: Callable[..., Outcome]) -> None:

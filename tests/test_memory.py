@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from gguf_files import write_gguf
 
 from wanrt.config import MODELS, WanSpec
 from wanrt.weights.layouts import Layout
+from wanrt.weights.load import skeleton
 from wanrt.weights.random import write_random
 
 HEADROOM = 1.10
@@ -27,12 +30,16 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def load_in_child(spec: WanSpec, layout: Layout, folder: Path, *flags: str) -> dict:
     """Write the model, load it in a fresh process, remove it."""
     write_random("wan2.1-t2v-1.3b", layout, folder, components=("dit", "vae"), spec=spec)
-    environment = os.environ | {"PYTHONPATH": str(CHILD.parent.parent)}
-    command = [sys.executable, str(CHILD), str(folder), "dit,vae", *flags]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return run_child(folder, "dit,vae", *flags)
     finally:
         shutil.rmtree(folder)
+
+
+def run_child(path: Path, kinds: str, *flags: str) -> dict:
+    environment = os.environ | {"PYTHONPATH": str(CHILD.parent.parent)}
+    command = [sys.executable, str(CHILD), str(path), kinds, *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -50,6 +57,21 @@ def test_a_true_shaped_block_loads_within_its_size(tmp_path: Path) -> None:
     result = load_in_child(spec, "comfyui", tmp_path / "model")
     size, peak = result["dit"]["size"], result["dit"]["peak"]
     assert 0.9 * size <= peak <= size + largest + ALLOCATOR, f"{peak=:,} {size=:,}"
+
+
+def test_blocks_of_a_gguf_file_load_within_their_size(tmp_path: Path) -> None:
+    """Unpacked, the model and no tensor more; packed, a quarter of it and one matrix."""
+    spec = replace(SPEC.dit, dim=1024, ffn_dim=4096, num_heads=8, num_layers=4, text_dim=1024)
+    shapes = {n: tuple(t.shape) for n, t in skeleton("dit", spec).state_dict().items()}
+    tensors = {name: torch.empty(1).expand(shape) for name, shape in shapes.items()}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, tensors, lambda _, t: "Q4_K" if t.ndim == 2 else "F32")
+    plain = run_child(path, "dit")["dit"]
+    packed = run_child(path, "dit", "--packed")["dit"]
+    for result, more in ((plain, 0), (packed, 6144 * 1024 * 4)):  # time_projection, fp32
+        size, peak = result["size"], result["peak"]
+        assert 0.9 * size <= peak <= size + more + ALLOCATOR, f"{peak=:,} {size=:,}"
+    assert packed["size"] < 0.27 * plain["size"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from wanrt.components import Components
 from wanrt.config import NANO, WanSpec
 from wanrt.errors import FormatError
 from wanrt.memory.placement import Placement, place
-from wanrt.weights import load as loading
+from wanrt.weights import contents
+from wanrt.weights.load import load_component
 
 MODELS = ("nano", "wan2.1-i2v-14b-480p", "wan2.1-vace-1.3b")
 PLACEMENTS = {
@@ -75,7 +76,7 @@ def test_a_streamed_transformer_is_the_resident_one(
     spec, path = zoo.specs[name], zoo.path(name)
     expected = run(wanrt.load_component(path, "dit"), spec, together=False)
     where = placement_of(num_visits(spec), *PLACEMENTS[placement])
-    dit = loading.load_component(path, "dit", placement=where)
+    dit = load_component(path, "dit", placement=where)
     for ours, theirs in zip(run(dit, spec, together), expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -84,27 +85,27 @@ def test_a_streamed_transformer_is_the_resident_one(
 def test_streamed_encoders_are_the_resident_ones(
     pinned: int | None, zoo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_LARGE_TABLE", 0)  # so that the token table stays in its file
+    monkeypatch.setattr(contents, "LARGE_TABLE", 0)  # so that the token table stays in its file
     spec, path = zoo.specs[MODELS[1]], zoo.path(MODELS[1])
     ids = [torch.tensor([[5, 3, 9, 5, 1]]), torch.tensor([[7, 1]])]
     pairs = [(one, torch.ones_like(one)) for one in ids]
     expected = [wanrt.load_component(path, "umt5")(*pair) for pair in pairs]
     where = placement_of(spec.umt5.num_layers, 0, 2, pinned)
-    umt5 = loading.load_component(path, "umt5", placement=where)
+    umt5 = load_component(path, "umt5", placement=where)
     assert not any("token_embedding" in name for name, _ in umt5.named_parameters())
     for ours, theirs in zip(umt5.forward_each(pairs), expected, strict=True):
         assert torch.equal(ours, theirs)
     pixels = torch.randn(1, 3, 224, 224)
     assert spec.clip is not None
     where = placement_of(spec.clip.num_layers - 1, 0, 2, pinned)
-    clip = loading.load_component(path, "clip", placement=where)
+    clip = load_component(path, "clip", placement=where)
     assert torch.equal(clip(pixels), wanrt.load_component(path, "clip")(pixels))
 
 
 def test_weights_that_are_not_there_cannot_be_used(zoo: Any) -> None:
     """A block that was left holds no values, least of all those of the block in its buffer."""
     where = placement_of(NANO.dit.num_layers, 2, 2, None)
-    dit = loading.load_component(zoo.path("nano"), "dit", placement=where)
+    dit = load_component(zoo.path("nano"), "dit", placement=where)
     run(dit, NANO, together=False)
     there = [block.ffn[0].weight.device.type == "cpu" for block in dit.blocks]
     assert sum(there) == 3  # two that stay and the last one visited
@@ -113,12 +114,14 @@ def test_weights_that_are_not_there_cannot_be_used(zoo: Any) -> None:
 
 def test_each_block_is_copied_once_per_pass(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    read = loading._Weights.read
+    read = contents.Weights.read
     monkeypatch.setattr(
-        loading._Weights, "read", lambda self, name: reads.append(name) or read(self, name)
+        contents.Weights,
+        "read",
+        lambda self, name, *rest: reads.append(name) or read(self, name, *rest),
     )
     where = placement_of(NANO.dit.num_layers, 0, 2, 0)  # every copy reads the file
-    dit = loading.load_component(zoo.path("nano"), "dit", placement=where)
+    dit = load_component(zoo.path("nano"), "dit", placement=where)
     run(dit, NANO, together=True)
     counts = [reads.count(f"blocks.{i}.ffn.0.weight") for i in range(NANO.dit.num_layers)]
     assert counts[1:] == [2] * (NANO.dit.num_layers - 1)
@@ -145,7 +148,7 @@ def test_a_broken_weight_is_found_where_it_streams_from_the_file(zoo: Any, tmp_p
     tensors["blocks.3.ffn.0.weight"][0, 0] = torch.nan
     save_file(tensors, file)
     where = placement_of(NANO.dit.num_layers, 0, 2, 0)
-    dit = loading.load_component(tmp_path / "model", "dit", placement=where)
+    dit = load_component(tmp_path / "model", "dit", placement=where)
     with pytest.raises(FormatError, match=r"blocks\.3\.ffn\.0\.weight holds NaN"):
         run(dit, NANO, together=False)
 
@@ -153,16 +156,16 @@ def test_a_broken_weight_is_found_where_it_streams_from_the_file(zoo: Any, tmp_p
 def test_a_file_that_can_be_read_again_is_read_again(
     zoo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, fails = loading._Weights.read, [False]
+    read, fails = contents.Weights.read, [False]
 
-    def sometimes(self: Any, name: str) -> Tensor:
+    def sometimes(self: Any, name: str, *rest: Any) -> Tensor:
         if fails[0]:
             raise OSError("the disk was pulled")
-        return read(self, name)
+        return read(self, name, *rest)
 
-    monkeypatch.setattr(loading._Weights, "read", sometimes)
+    monkeypatch.setattr(contents.Weights, "read", sometimes)
     where = placement_of(NANO.dit.num_layers, 0, 2, 0)
-    dit = loading.load_component(zoo.path("nano"), "dit", placement=where)
+    dit = load_component(zoo.path("nano"), "dit", placement=where)
     expected = run(dit, NANO, together=True)
     fails[0] = True
     for _ in range(3):
@@ -175,9 +178,11 @@ def test_a_file_that_can_be_read_again_is_read_again(
 
 def test_a_part_that_is_let_go_is_gone(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even while the worker still reads for a step that does not come."""
-    read = loading._Weights.read
+    read = contents.Weights.read
     monkeypatch.setattr(
-        loading._Weights, "read", lambda self, name: time.sleep(0.005) or read(self, name)
+        contents.Weights,
+        "read",
+        lambda self, name, *rest: time.sleep(0.005) or read(self, name, *rest),
     )
     where = placement_of(NANO.dit.num_layers, 0, 2, 0)
     monkeypatch.setattr(Components, "_placement", lambda self, name: where)

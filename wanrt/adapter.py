@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wanrt.loras import Use
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.packed import PackedLinear
 from wanrt.models.quantized import QuantizedLinear
 
 
@@ -27,9 +28,9 @@ class _Difference(NamedTuple):
 class Adapter:
     """Side branches beside the matrices, and weights replaced by base + difference.
 
-    A matrix of eight bits is never made anew: its difference is a product of its own. Other base
+    An eight-bit matrix is never made anew: its difference is a product of its own. Other base
     weights that lie on the device are kept while they are replaced; those that stream are changed
-    in the ring's buffer, at every visit.
+    in the ring's buffer, at every visit; packed ones whenever they are unpacked.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -58,13 +59,12 @@ class Adapter:
         """Attach nothing before everything is read: a broken file leaves the model as it was."""
         branches, differences = {}, {}
         for name in dict.fromkeys(name for use in uses for name in use.fit.names):
-            owner, weight = self._owner(name), self._module.get_parameter(name)
-            dtype = owner.dtype if isinstance(owner, QuantizedLinear) else weight.dtype
+            shape, dtype = self._plain(name)
             parts, own = [], []
             for i, use in enumerate(uses):
                 if name not in use.fit.names:
                     continue
-                change = use.read(name, tuple(weight.shape))
+                change = use.read(name, shape)
                 if change.low_rank is not None:
                     parts.append([p.to(self._device, dtype) for p in change.low_rank])
                     own.append(i)
@@ -81,9 +81,8 @@ class Adapter:
         streamed = {}
         for name, parts in self._differences.items():
             delta = sum(part.values * strengths[part.use] for part in parts)
-            owner = self._owner(name)
-            if isinstance(owner, QuantizedLinear) and name.endswith(".weight"):
-                owner.difference = delta.to(owner.dtype)
+            if (layer := self._stays(name)) is not None:
+                layer.difference = delta
                 continue
             if self._stream is not None and self._stream.streams(name):
                 streamed[name] = delta
@@ -99,13 +98,26 @@ class Adapter:
         """The module that has a weight."""
         return self._module.get_submodule(name.rpartition(".")[0])
 
+    def _stays(self, name: str) -> PackedLinear | QuantizedLinear | None:
+        """The layer of a matrix that is not made anew, but takes its difference as it is."""
+        layer = self._owner(name)
+        taken = name.endswith(".weight") and isinstance(layer, PackedLinear | QuantizedLinear)
+        return layer if taken else None
+
+    def _plain(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that a weight has in its product."""
+        if (layer := self._stays(name)) is not None:
+            return (layer.out_features, layer.in_features), layer.dtype
+        weight = self._module.get_parameter(name)
+        return tuple(weight.shape), weight.dtype
+
     def _take_off(self) -> None:
         for use in self._uses:
             for name in use.fit.names:
                 owner = self._owner(name)
                 if hasattr(owner, "branch"):
                     owner.branch = None
-                if isinstance(owner, QuantizedLinear):
+                if isinstance(owner, PackedLinear | QuantizedLinear):
                     owner.difference = None
         for name, base in self._base.items():
             assign(self._module, name, base)

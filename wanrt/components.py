@@ -24,6 +24,7 @@ from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
+from wanrt.weights.gguf_vocabulary import read_vocabulary
 from wanrt.weights.load import load_component, read_spiece
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import Parts
@@ -35,6 +36,7 @@ _PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
 _UNTOLD_MEMORY = 8 << 30  # taken where the system does not say (Windows)
+_LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
 
 
@@ -106,6 +108,11 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def streams(placement: Placement | None) -> bool:
+    """Whether blocks come and go; weights that a file packs then stay packed all the way."""
+    return placement is not None and placement.slots > 0
+
+
 @dataclass
 class Components:
     """Loads parts on demand onto one device; `release` drops them unless everything fits."""
@@ -141,16 +148,14 @@ class Components:
         """The transformer with a request's LoRAs; of two experts the one asked for, alone."""
         name, other = ("low_noise", "dit") if expert == "low" else ("dit", "low_noise")
         self.release(other)
-        placement = self._placement(name)
-        streams = placement is not None and placement.slots > 0
+        beside = streams(self._placement(name)) or self.dtypes.eight_bit is not None
         own = self.shelf.uses(self.loras, expert)
-        merges = not streams and self.dtypes.eight_bit is None
         if name not in self._loaded:
-            changes = self.shelf.merges(own) if merges else {}
+            changes = {} if beside else self.shelf.merges(own)
             module = self._get(name, "dit", self.dtypes.dit, changes)
             self._adapters[name] = Adapter(module, self.device)
         asked = self.shelf.uses(loras, expert)
-        self._adapters[name].put_on(asked if merges else (*own, *asked))
+        self._adapters[name].put_on((*own, *asked) if beside else asked)
         return self._loaded[name]
 
     def vae(self) -> nn.Module:
@@ -186,10 +191,13 @@ class Components:
         return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
-        """From its own file, or from the text encoder's, where ComfyUI embeds it."""
+        """From its own file, or from the text encoder's, where ComfyUI and llama.cpp embed it."""
         if self.parts.tokenizer is not None:
             return Tokenizer.load(self.parts.tokenizer)
         self.parts.require("umt5")
+        vocabulary = read_vocabulary(self.parts.umt5)
+        if vocabulary is not None:
+            return Tokenizer.from_model(vocabulary, str(self.parts.umt5))
         spiece = read_spiece(self.parts.umt5)
         if spiece is None:
             raise FormatError(
@@ -261,6 +269,7 @@ class Components:
                 progress=lambda done, total: self.report(f"load {name}", done, total),
                 placement=self._placed[name],
                 changes=changes,
+                keep_packed=streams(self._placed[name]),
                 eight_bit=self.dtypes.eight_bit if kind == "dit" else None,
             )
         return self._loaded[name]
@@ -336,5 +345,7 @@ def open_parts(
     own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
     spec = replace(spec, **own)
     dtypes = choose_dtypes(precision, dit, device)
-    keep = sum(d.num_bytes for d in parts.found.values()) <= _KEEP_SHARE * memory_bytes(device)
+    least = 1 if dtypes.eight_bit else _LEAST_BYTES
+    loaded = sum(max(d.num_bytes, least * d.num_params) for d in parts.found.values())
+    keep = loaded <= _KEEP_SHARE * memory_bytes(device)
     return Components(parts, spec, dtypes, device, check, keep, report)

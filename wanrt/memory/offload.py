@@ -134,6 +134,7 @@ class WeightStream:
     def attach(self) -> None:
         """From now on every visit happens by itself, when its module is called."""
         for key, stop in self._stops.items():
+            self._empty(stop)
             owner = self.module.get_submodule(stop.visit.module)
             owner.register_forward_pre_hook(partial(_enter, weakref.ref(self), key))
 
@@ -194,12 +195,16 @@ class WeightStream:
         if self._now is None:
             return
         key, slot = self._now
-        for name, place in self._stops[key].places.items():
-            assign(self.module, name, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+        self._empty(self._stops[key])
         if self._copies is not None:
             slot.free = torch.cuda.current_stream(self.device).record_event()
         self._free.append(slot)
         self._now = None
+
+    def _empty(self, stop: _Stop) -> None:
+        """Leave nothing of a visit's weights but their shapes and dtypes."""
+        for name, place in stop.places.items():
+            assign(self.module, name, torch.empty(place.shape, dtype=place.dtype, device="meta"))
 
     def _request(self, key: _Key, force: bool = False) -> None:
         """Have a visit's weights copied, if a buffer is free; `force` takes back one not used."""

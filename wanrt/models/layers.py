@@ -20,6 +20,7 @@ from wanrt.kernels.limits import FEED_FORWARD_ROWS
 from wanrt.kernels.reference import Quantized
 from wanrt.kernels.target import UnsupportedOp
 from wanrt.models.lora import LowRankBranch
+from wanrt.models.packed import PackedLinear, held
 from wanrt.models.quantized import QuantizedLinear
 
 log = logging.getLogger("wanrt")
@@ -92,12 +93,12 @@ class Linear(nn.Linear):
         return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
+        x = x.to(self.dtype)
         y = F.linear(x, self.weight, self.bias)
         return y if self.branch is None else self.branch.add_to(y, x)
 
 
-Product = Linear | QuantizedLinear
+Product = Linear | PackedLinear | QuantizedLinear
 
 
 def modulated(
@@ -208,14 +209,14 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x [B, L, D] -> [B, L, out]."""
-        b, length, _ = shape = x.values.shape if isinstance(x, Quantized) else x.shape
+        _, length, _ = shape = x.values.shape if isinstance(x, Quantized) else x.shape
         if length <= FEED_FORWARD_ROWS or torch.is_grad_enabled():
             return self[2](self._hidden(x))
-        y = torch.empty(
-            *shape[:2], self[2].out_features, dtype=self[2].dtype, device=self[2].weight.device
-        )
-        for rows in _parts(length):
-            y[:, rows] = self[2](self._hidden(_rows(x, rows)))
+        last = self[2]
+        y = torch.empty(*shape[:2], last.out_features, dtype=last.dtype, device=last.weight.device)
+        with held(self):
+            for rows in _parts(length):
+                y[:, rows] = last(self._hidden(_rows(x, rows)))
         return y
 
     def add_to(self, residual: Tensor, x: Tensor | Quantized, gate: Tensor, ops: Ops) -> Tensor:

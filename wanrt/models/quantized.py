@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.form, self.dtype, self.ops, self.safe = form, dtype, ops, False
         self.branch: LowRankBranch | None = None
-        self.difference: Tensor | None = None  # added to the weight, [O, I] in `dtype`
+        self.difference: Tensor | None = None  # added to the weight, fp32 [O, I]
         weight = torch.empty(out_features, in_features, dtype=form.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         scale = torch.empty(out_features, 1, dtype=torch.float32)
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
         else:
             y = F.linear(x.to(self.dtype), self._widened(), self.bias)
         if self.difference is not None:
-            y = y + F.linear(x.to(self.dtype), self.difference)
+            y = y + F.linear(x.to(self.dtype), self.difference.to(self.dtype))
         return y if self.branch is None else self.branch.add_to(y, x)
 
     def gelu(self, x: Tensor | Quantized, form: LinearFormat | None) -> Tensor | Quantized:

@@ -6,10 +6,18 @@ and `src/normalizer.cc` (layout of the character map, a darts-clone trie and its
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+
+class Piece(NamedTuple):
+    """One vocabulary entry: its text, log probability and type."""
+
+    text: str
+    score: float
+    kind: int
 
 
 class SpieceModel(NamedTuple):
@@ -69,14 +77,11 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def _piece(data: bytes) -> tuple[str, float, int]:
-    """Text, score and type of one vocabulary entry."""
+def _piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     text = fields.get(_TEXT, b"").decode()
     (score,) = struct.unpack("<f", fields.get(_SCORE, bytes(4)))
-    if not text or not math.isfinite(score):
-        raise ValueError(f"piece {text!r} has score {score}")
-    return text, score, fields.get(_TYPE, _NORMAL)
+    return Piece(text, score, fields.get(_TYPE, _NORMAL))
 
 
 def _check_charsmap(charsmap: bytes) -> None:
@@ -107,7 +112,8 @@ def parse(data: bytes) -> SpieceModel:
     Which id is unknown is told by the type of its piece. Byte and unused pieces stay in the
     vocabulary, so that ids are positions in the file.
     """
-    pieces, trainer, normalizer = [], {}, {}
+    pieces: list[Piece] = []
+    trainer, normalizer = {}, {}
     for tag, value in _fields(data):
         if tag == _PIECE:
             pieces.append(_piece(value))
@@ -115,22 +121,36 @@ def parse(data: bytes) -> SpieceModel:
             trainer = dict(_fields(value))
         elif tag == _NORMALIZER:
             normalizer = dict(_fields(value))
-    unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN]
-    if len(unknown) != 1:
-        raise ValueError(f"{len(pieces)} pieces of which {len(unknown)} are unknown, not one")
-    if len({text for text, _, _ in pieces}) != len(pieces):
-        raise ValueError("the same piece twice")
     model_type = trainer.get(_MODEL_TYPE, _UNIGRAM)
     if model_type != _UNIGRAM:
         raise ValueError(f"model type is {model_type}, not {_UNIGRAM} (Unigram)")
-    charsmap = normalizer.get(_CHARSMAP, b"")
+    return unigram(
+        pieces,
+        normalizer.get(_CHARSMAP, b""),
+        bool(normalizer.get(_ADD_DUMMY_PREFIX, True)),
+        bool(normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)),
+    )
+
+
+def unigram(
+    pieces: Sequence[Piece], charsmap: bytes, add_dummy_prefix: bool, remove_extra_whitespaces: bool
+) -> SpieceModel:
+    """Of a vocabulary, wherever it was stored; ValueError says what is wrong with it."""
+    unknown = [i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN]
+    if len(unknown) != 1:
+        raise ValueError(f"{len(pieces)} pieces of which {len(unknown)} are unknown, not one")
+    if len({piece.text for piece in pieces}) != len(pieces):
+        raise ValueError("the same piece twice")
+    wrong = next((p for p in pieces if not p.text or not math.isfinite(p.score)), None)
+    if wrong is not None:
+        raise ValueError(f"piece {wrong.text!r} has score {wrong.score}")
     if charsmap:
         _check_charsmap(charsmap)
     return SpieceModel(
-        pieces=[(text, score) for text, score, _ in pieces],
+        pieces=[(piece.text, piece.score) for piece in pieces],
         unk_id=unknown[0],
-        special=[t for t, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)],
+        special=[piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)],
         charsmap=charsmap,
-        add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, True)),
-        remove_extra_whitespaces=bool(normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)),
+        add_dummy_prefix=add_dummy_prefix,
+        remove_extra_whitespaces=remove_extra_whitespaces,
     )

@@ -96,6 +96,11 @@ class Tokenizer:
             model = spiece.parse(data)
         except ValueError as error:
             raise FormatError(source, f"not a SentencePiece Unigram model: {error}") from None
+        return cls.from_model(model, source)
+
+    @classmethod
+    def from_model(cls, model: spiece.SpieceModel, source: str) -> "Tokenizer":
+        """From a Unigram model that was read already."""
         return cls(_build(model), source)
 
     @classmethod

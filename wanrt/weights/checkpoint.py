@@ -7,17 +7,21 @@ from pathlib import Path
 from torch import Tensor
 
 from wanrt.errors import FormatError
+from wanrt.weights.gguf_file import JOIN, GgufFile
 from wanrt.weights.pickle_file import PickleFile
 from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorInfo, parse_json
 
 __all__ = ["Checkpoint", "TensorInfo", "is_weights", "weight_sets"]
 
-_READERS: dict[str, type[SafetensorsFile] | type[PickleFile]] = {
+File = SafetensorsFile | PickleFile | GgufFile
+
+_READERS: dict[str, type[SafetensorsFile] | type[PickleFile] | type[GgufFile]] = {
     ".safetensors": SafetensorsFile,
     ".sft": SafetensorsFile,
     ".pth": PickleFile,
     ".pt": PickleFile,
     ".bin": PickleFile,
+    ".gguf": GgufFile,
 }
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -25,12 +29,11 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 class Checkpoint:
     """Stored names, dtypes and shapes from headers alone, and tensors one at a time.
 
-    `container` is "safetensors", "pickle" or "shards". Nothing is translated: names are the file's.
+    `container` is "safetensors", "pickle", "gguf" or "shards". Nothing is translated: names are the
+    file's, and numbers packed in blocks stay packed (`TensorInfo.packing`).
     """
 
-    def __init__(
-        self, path: Path, container: str, parts: dict[str, SafetensorsFile | PickleFile]
-    ) -> None:
+    def __init__(self, path: Path, container: str, parts: dict[str, File]) -> None:
         """`parts`: stored name -> the file that holds it."""
         self.path, self.container, self._parts = path, container, parts
         self.tensors: dict[str, TensorInfo] = {n: part.tensors[n] for n, part in parts.items()}
@@ -49,13 +52,13 @@ class Checkpoint:
         if path.name.endswith(".index.json"):
             return cls(path, "shards", _open_shards(path))
         part = _open_file(path)
-        container = "pickle" if isinstance(part, PickleFile) else "safetensors"
-        return cls(path, container, dict.fromkeys(part.tensors, part))
+        return cls(path, part.container, dict.fromkeys(part.tensors, part))
 
     def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
         """The stored tensor, or these rows of it (step 1), in fresh memory.
 
-        `buffer`: uint8 memory to use instead, where it is large enough.
+        `buffer`: uint8 memory to use instead, where it is large enough. A packed tensor comes as
+        uint8 [rows, bytes of a row].
         """
         return self._parts[name].read(name, rows, buffer)
 
@@ -80,12 +83,15 @@ def _only_set(folder: Path) -> Path:
         raise FormatError(
             folder, f"holds {len(found)} sets of weights: {names}", "name one of them"
         )
-    if any(_SHARD.search(p.name) for p in folder.iterdir()):
+    shards = [p for p in folder.iterdir() if _SHARD.search(p.name)]
+    if any(p.suffix == ".gguf" for p in shards):
+        raise FormatError(folder, "holds the parts of a split GGUF file", JOIN)
+    if shards:
         raise FormatError(folder, "holds shards without their index", "add the .index.json file")
-    raise FormatError(folder, "holds no weights", "expected .safetensors, an index, or .pth")
+    raise FormatError(folder, "holds no weights", "expected .safetensors, an index, .gguf or .pth")
 
 
-def _open_file(path: Path) -> SafetensorsFile | PickleFile:
+def _open_file(path: Path) -> File:
     reader = _READERS.get(path.suffix)
     if reader is not None:
         try:
@@ -98,7 +104,7 @@ def _open_file(path: Path) -> SafetensorsFile | PickleFile:
     )
 
 
-def _open_shards(index: Path) -> dict[str, SafetensorsFile | PickleFile]:
+def _open_shards(index: Path) -> dict[str, File]:
     """Read an index ({"weight_map": {tensor: file}}) and the header of every file it names."""
     if index.stat().st_size > MAX_HEADER:
         raise FormatError(index, f"the index is larger than {MAX_HEADER} bytes")

@@ -12,14 +12,13 @@ import torch
 from wanrt.errors import FormatError
 from wanrt.weights import names
 from wanrt.weights.checkpoint import Checkpoint, TensorInfo, weight_sets
+from wanrt.weights.gguf_file import type_counts
 from wanrt.weights.lora import LoraFile
 from wanrt.weights.names import Component, Source, Translation
 from wanrt.weights.quantised import FP8, SCALES
 from wanrt.weights.safetensors_file import MAX_HEADER, parse_json
 from wanrt.weights.specs import READERS, Config, Spec, contradiction
 from wanrt.weights.titles import title_of
-
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8_scaled", "int8", "mixed"]
 
 KIND_NAMES = {
     "dit": "a diffusion transformer",
@@ -29,6 +28,7 @@ KIND_NAMES = {
     "lora": "a LoRA",
     "unknown": "nothing wanrt knows",
 }
+Layout = Literal["original", "diffusers", "comfyui", "llama.cpp"]
 UNREADABLE = "unreadable"  # title of a broken file
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
@@ -56,9 +56,9 @@ class Detected:
     kind: Literal["dit", "vae", "umt5", "clip", "lora", "unknown"]
     title: str  # "Wan2.1-I2V-14B fp8"
     path: Path  # what Checkpoint.open takes
-    container: str  # safetensors, shards, pickle
-    layout: Literal["original", "diffusers", "comfyui"] | None = None
-    precision: Precision | None = None
+    container: str  # safetensors, shards, pickle, gguf
+    layout: Layout | None = None
+    precision: str | None = None  # fp32, bf16, fp16, fp8, fp8_scaled, int8, q4_k ..., mixed
     spec: Spec | None = None
     component: Component | None = None
     num_params: int = 0
@@ -158,6 +158,8 @@ def _detect(checkpoint: Checkpoint, component: Component, others: list[Component
     config = read_config(path.parent, kind)
     spec = _spec(checkpoint, kind, sources, config)
     title, note = title_of(spec, path)
+    if checkpoint.container == "gguf":
+        note = "; ".join(filter(None, (type_counts(checkpoint.tensors), note)))
     wrong = contradiction(spec, config)
     if wrong:
         raise FormatError(path, f"this is {title} {precision}, but its config.json says {wrong}")
@@ -197,11 +199,18 @@ def read_config(folder: Path, kind: str) -> Config:
     return config if any(s in _CONFIG_CLASSES[kind] for s in said if isinstance(s, str)) else {}
 
 
-def _precision(stored: Iterable[TensorInfo], own: Iterable[str]) -> Precision:
-    """By the bytes of the matrices; fp16 files keep a few tensors in fp32."""
-    weight = Counter[torch.dtype]()
+def _precision(stored: Iterable[TensorInfo], own: Iterable[str]) -> str:
+    """By the bytes of the matrices; fp16 files keep a few tensors in fp32.
+
+    Of packed blocks the most frequent: such files mix two or three formats by design.
+    """
+    weight, packed = Counter[torch.dtype](), Counter[str]()
     for info in stored:
+        if info.packing is not None:
+            packed[info.packing.name.lower()] += info.num_bytes
         weight[info.dtype] += info.num_bytes if len(info.shape) > 1 else 0
+    if packed:
+        return packed.most_common(1)[0][0]
     if any(dtype in weight for dtype in FP8):
         scaled = any(name.rpartition(".")[2] in SCALES for name in own)
         return "fp8_scaled" if scaled else "fp8"
@@ -211,9 +220,7 @@ def _precision(stored: Iterable[TensorInfo], own: Iterable[str]) -> Precision:
     return _PRECISIONS.get(dtype, "mixed") if most >= 0.9 * weight.total() else "mixed"
 
 
-def _layout(
-    component: Component, checkpoint: Checkpoint
-) -> Literal["original", "diffusers", "comfyui"]:
+def _layout(component: Component, checkpoint: Checkpoint) -> Layout:
     marked = any(name.rpartition(".")[2] in _COMFY_MARKS for name in checkpoint.tensors)
     return "comfyui" if marked or component.prefix in _COMFY_PREFIXES else component.spelling
 

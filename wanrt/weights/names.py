@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from wanrt.config import VaeSpec
-from wanrt.weights.tables import CLIP, DIT, UMT5, Table, vae_rules
+from wanrt.weights.tables import CLIP, DIT, UMT5, UMT5_LLAMA, Table, vae_rules
 
 Kind = Literal["dit", "vae", "umt5", "clip"]
-Spelling = Literal["original", "diffusers"]
+Spelling = Literal["original", "diffusers", "llama.cpp"]
 
 MARKERS: dict[tuple[Kind, Spelling], str] = {
     ("dit", "original"): "head.modulation",
@@ -22,6 +22,7 @@ MARKERS: dict[tuple[Kind, Spelling], str] = {
     ("vae", "diffusers"): "decoder.norm_out.gamma",
     ("umt5", "original"): "blocks.0.pos_embedding.embedding.weight",
     ("umt5", "diffusers"): "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    ("umt5", "llama.cpp"): "enc.blk.0.attn_rel_b.weight",
     ("clip", "original"): "transformer.0.attn.to_qkv.weight",
     ("clip", "diffusers"): "embeddings.class_embedding",
 }
@@ -87,7 +88,7 @@ def own_names(names: Collection[str], component: Component, others: list[Compone
 def translate(names: Iterable[str], component: Component) -> Translation:
     """Stored names of one component -> original names without prefix."""
     stems = {name.removeprefix(component.prefix): name for name in names}
-    table = None if component.spelling == "original" else _foreign_table(component.kind, stems)
+    table = _foreign_table(component, stems)
     partial: dict[str, dict[int, str]] = {}
     lead: dict[str, int] = {}
     unknown = []
@@ -122,12 +123,17 @@ def to_diffusers(names: Iterable[str], kind: Kind, vae: VaeSpec | None = None) -
 
 
 _TABLES = {"dit": Table(DIT), "umt5": Table(UMT5), "clip": Table(CLIP)}
+_UMT5_LLAMA = Table(UMT5_LLAMA)
 
 
-def _foreign_table(kind: Kind, stems: Iterable[str]) -> Table:
-    """The VAE's table depends on its number of blocks, which its names tell."""
-    if kind != "vae":
-        return _TABLES[kind]
+def _foreign_table(component: Component, stems: Iterable[str]) -> Table | None:
+    """None for original names. The VAE's table depends on its number of blocks: its names tell."""
+    if component.spelling == "original":
+        return None
+    if component.spelling == "llama.cpp":
+        return _UMT5_LLAMA
+    if component.kind != "vae":
+        return _TABLES[component.kind]
     text = "\n".join(stems)
     blocks = set(re.findall(r"^decoder\.up_blocks\.0\.resnets\.(\d+)\.", text, re.MULTILINE))
     stages = set(re.findall(r"^decoder\.up_blocks\.(\d+)\.", text, re.MULTILINE))

@@ -37,7 +37,7 @@ class Parts:
     vae: Path | None = None
     umt5: Path | None = None
     clip: Path | None = None
-    tokenizer: Path | None = None  # tokenizer.json or spiece.model; else see load.read_spiece(umt5)
+    tokenizer: Path | None = None  # tokenizer.json or spiece.model; else umt5 may hold it
     found: dict[str, Detected] = field(default_factory=dict)  # field name above -> what it is
 
     def require(self, *kinds: Kind) -> None:

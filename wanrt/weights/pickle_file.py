@@ -23,6 +23,8 @@ _CONVERT = "convert it to safetensors, where you trust it"
 class PickleFile:
     """One file: `tensors`, `metadata` (empty), `read`; it stays mapped while this object lives."""
 
+    container = "pickle"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}

@@ -3,6 +3,7 @@
 `X.weight` times `X.scale_weight` (ComfyUI fp8_scaled) or `X.weight_scale` (newer ComfyUI,
 LightX2V), one number for the matrix or one per output row. Without a scale, fp8 stands for itself.
 What `wanrt quantize` writes is the same per row, and says in its metadata which are rotated.
+Blocks of GGUF files hold their own scales (`wanrt/quant/gguf_blocks.py`).
 Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/convert`.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from wanrt.errors import FormatError
 from wanrt.kernels.reference import Quantized, rotate
 from wanrt.quant.formats import FORMATS, LinearFormat
+from wanrt.quant.gguf_blocks import unpack_into
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.writer import Piece
 
@@ -52,8 +54,8 @@ class PlainReader:
         A product with a scale is made in fp32.
         """
         info = self._checkpoint.tensors[name]
-        scale = _scale(self._checkpoint, name)
-        if (scale is None and info.dtype == dtype) or not info.shape:
+        scale = _scale(self._checkpoint, name) if info.packing is None else None
+        if info.packing is None and ((scale is None and info.dtype == dtype) or not info.shape):
             return self._checkpoint.read(name, rows).to(dtype)
         wanted = range(info.shape[0]) if rows is None else rows
         plain = torch.empty(len(wanted), *info.shape[1:], dtype=dtype)
@@ -61,11 +63,13 @@ class PlainReader:
         for start in range(wanted.start, wanted.stop, step):
             part = range(start, min(start + step, wanted.stop))
             piece = self._checkpoint.read(name, part, self._stored)
+            target = plain[start - wanted.start : part.stop - wanted.start]
+            if info.packing is not None:
+                unpack_into(target, piece, info.packing)
+                continue
             if scale is not None:
                 piece = self._times(piece, scale if len(scale) == 1 else scale[start : part.stop])
-            if name in self._rotated:
-                piece = rotate(piece)
-            plain[start - wanted.start : part.stop - wanted.start] = piece
+            target.copy_(rotate(piece) if name in self._rotated else piece)
         return plain
 
     def stored_form(self, name: str, form: LinearFormat) -> LinearFormat:

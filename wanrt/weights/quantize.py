@@ -21,8 +21,9 @@ from wanrt.models.eight_bit import policy_formats
 from wanrt.quant.formats import LinearFormat
 from wanrt.quant.policy import WEIGHTS, EightBit
 from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.contents import Weights
 from wanrt.weights.detect import Detected, shape_of
-from wanrt.weights.load import Weights, skeleton
+from wanrt.weights.load import skeleton
 from wanrt.weights.parts import Parts
 from wanrt.weights.quantised import METADATA, check_formats, scale_of
 from wanrt.weights.writer import Piece, check_space, write_resumable
@@ -107,7 +108,7 @@ class _Source:
         for name, source in self._weights.sources.items():
             shape, form = shape_of(source, tensors), self.formats.get(name)
             if form is None:
-                dtype = self._weights.plain_dtype(name)
+                dtype = self._weights.stored_dtype(name)
                 yield Piece(name, dtype, shape, lambda n=name, d=dtype: self._weights.plain(n, d))
                 continue
             yield Piece(name, form.dtype, shape, lambda n=name: self._make(n))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import FormatError
+from wanrt.quant.gguf_blocks import BlockFormat
 
 MAX_HEADER = 8 * 2**20  # bytes; the largest released Wan header is a few hundred KiB
 MAX_TENSORS = 20_000
@@ -46,7 +47,7 @@ _IMPOSTORS = {
     b"version ": "this is a Git LFS pointer, not the weights",
     b"<!DOCTYP": "this is a web page, not the weights",
     b"PK\x03\x04": "this is a zip file (a .pth?), not safetensors",
-    b"GGUF": "this is a GGUF file, not safetensors",
+    b"GGUF": "this is a GGUF file, not safetensors (name it .gguf)",
 }
 
 
@@ -54,9 +55,10 @@ _IMPOSTORS = {
 class TensorInfo:
     """What a header says about one tensor."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: torch.dtype  # uint8 where numbers are packed
+    shape: tuple[int, ...]  # of the numbers
     file: Path
+    packing: BlockFormat | None = None
 
     @property
     def numel(self) -> int:
@@ -64,11 +66,15 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        if self.packing is not None:
+            return self.numel // self.packing.numel * self.packing.num_bytes
         return self.numel * self.dtype.itemsize
 
 
 class SafetensorsFile:
     """One file: `tensors` in the order of their bytes, `metadata`, and `read`."""
+
+    container = "safetensors"
 
     def __init__(self, path: Path) -> None:
         """Reads the header only. Raises FormatError for anything that is not in order."""
@@ -89,18 +95,24 @@ class SafetensorsFile:
         if rows is not None:
             begin += rows.start * (info.num_bytes // info.shape[0])
             info = replace(info, shape=(len(rows), *info.shape[1:]))
-        if buffer is None or buffer.numel() < info.num_bytes:
-            buffer = torch.empty(info.num_bytes, dtype=torch.uint8)
-        raw = buffer[: info.num_bytes]
-        rest = memoryview(raw.numpy())
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(begin)
-            while len(rest):  # one call returns 2 GiB at most
-                count = file.readinto(rest)
-                if not count:
-                    raise FormatError(self.path, f"ended while {name} was being read", _AGAIN)
-                rest = rest[count:]
+        raw = read_bytes(self.path, name, begin, info.num_bytes, buffer)
         return raw.view(info.dtype).view(info.shape)
+
+
+def read_bytes(path: Path, name: str, begin: int, size: int, buffer: Tensor | None) -> Tensor:
+    """uint8 [size]: the bytes of a tensor, in fresh memory or in a large enough `buffer`."""
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.uint8)
+    raw = buffer[:size]
+    rest = memoryview(raw.numpy())
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        while len(rest):  # one call returns 2 GiB at most
+            count = file.readinto(rest)
+            if not count:
+                raise FormatError(path, f"ended while {name} was being read", _AGAIN)
+            rest = rest[count:]
+    return raw
 
 
 def parse_json(path: Path, raw: bytes, what: str) -> Any:

@@ -135,6 +135,23 @@ UMT5 = _rules(
     }
 )
 
+# Source: llama.cpp `gguf-py/gguf/constants.py`, MODEL_ARCH.T5ENCODER.
+_BLK = "enc.blk.{n}"
+UMT5_LLAMA = _rules(
+    {
+        "token_embedding.*": "token_embd.*",
+        "blocks.{n}.norm1.*": f"{_BLK}.attn_norm.*",
+        "blocks.{n}.attn.{qkv}.*": f"{_BLK}.attn_{{qkv}}.*",
+        "blocks.{n}.attn.o.*": f"{_BLK}.attn_o.*",
+        "blocks.{n}.pos_embedding.embedding.*": f"{_BLK}.attn_rel_b.*",
+        "blocks.{n}.norm2.*": f"{_BLK}.ffn_norm.*",
+        "blocks.{n}.ffn.gate.0.*": f"{_BLK}.ffn_gate.*",
+        "blocks.{n}.ffn.fc1.*": f"{_BLK}.ffn_up.*",
+        "blocks.{n}.ffn.fc2.*": f"{_BLK}.ffn_down.*",
+        "norm.*": "enc.output_norm.*",
+    }
+)
+
 _VIT = "encoder.layers.{n}"
 CLIP = [
     Rule("cls_embedding", ("embeddings.class_embedding",), lead=2),

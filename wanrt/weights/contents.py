@@ -1,0 +1,210 @@
+"""The weights of one component as its module wants them, read one at a time, each checked once."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+
+from wanrt.errors import FormatError
+from wanrt.kernels.reference import Quantized
+from wanrt.kernels.torch_quantize import quantize_weight
+from wanrt.models.packed import packed
+from wanrt.quant.formats import LinearFormat
+from wanrt.quant.gguf_blocks import BlockFormat, unpack
+from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.detect import Detected, shape_of, translate
+from wanrt.weights.names import Source
+from wanrt.weights.quantised import PlainReader, check_formats, scale_of
+
+CPU = torch.device("cpu")
+LARGE_TABLE = 64 << 20  # bytes
+# CLIP's last block and what follows it are in the files but not in the module.
+_UNUSED = re.compile(r"post_norm\.|transformer\.(\d+)\.")
+
+
+class Weights:
+    """The weights of one component as its module wants them, read one at a time."""
+
+    def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype, check: bool) -> None:
+        """`check`: each weight is looked at once, when it is first read."""
+        self.checkpoint = Checkpoint.open(found.path)
+        self.sources = match(module, self.checkpoint, found)
+        check_formats(self.checkpoint)
+        self.total = sum(self.num_bytes(name) for name in self.sources)
+        self._fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
+        self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
+        self._packed: dict[str, BlockFormat] = {}
+        self._unchecked = set(self.sources) if check else set()
+        self._lock = Lock()  # a stream reads in its own thread
+        self.formats: dict[str, LinearFormat] = {}  # of weights that the module has in eight bits
+        self._scales: dict[str, Tensor] = {}  # of those read so far: a number per channel
+
+    def names(self) -> Iterator[str]:
+        """Of every tensor of the module; a scale follows its weight."""
+        for name in self.sources:
+            yield name
+            if name in self.formats:
+                yield scale_of(name)
+
+    def num_bytes(self, name: str) -> int:
+        """As stored."""
+        source = self.sources.get(name)
+        return sum(self.checkpoint.tensors[n].num_bytes for n in source.stored) if source else 0
+
+    def keep_packed(self, module: nn.Module, plain: Collection[str], tables: bool) -> None:
+        """From now on matrices come as they are stored, into layers that take them so.
+
+        plain: weights that shall not. `tables` false: nor shall large token tables.
+        """
+        for name, source in self.sources.items():
+            form, owner = self.checkpoint.tensors[source.stored[0]].packing, name.rpartition(".")[0]
+            if form is None or name in plain or len(source.stored) > 1:
+                continue
+            twin = packed(module.get_submodule(owner), form, self.plain_dtype(name))
+            if twin is not None and (tables or not self.is_large_table(name)):
+                module.set_submodule(owner, twin)
+                self._packed[name] = form
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name in self.formats:
+            return self.formats[name].dtype
+        if name in self._packed:
+            return torch.uint8
+        return self.plain_dtype(name) if name in self.sources else torch.float32
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """That of the product, or of a number that is no matrix."""
+        return torch.float32 if self._fp32.search(name) else self._dtype
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """As stored; bf16 where that is an eight-bit number or a block."""
+        stored = self.checkpoint.tensors[self.sources[name].stored[0]].dtype
+        return stored if stored.is_floating_point and stored.itemsize > 1 else torch.bfloat16
+
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """A tensor of the module. Eight-bit weights are made on `device`, others read to the CPU.
+
+        A scale is known once its weight was read.
+        """
+        if name not in self.sources:
+            return self._scales[name]
+        if name in self._packed:
+            return self._read_packed(name)
+        if name not in self.formats:
+            return self.plain(name, self.plain_dtype(name))
+        values, self._scales[scale_of(name)] = self._quantized(name, self.formats[name], device)
+        return values
+
+    def stored_form(self, name: str, form: LinearFormat) -> LinearFormat:
+        """A weight that is stored in eight bits stays as it is."""
+        (stored,) = self.sources[name].stored
+        return self._reader.stored_form(stored, form)
+
+    def _quantized(self, name: str, form: LinearFormat, device: torch.device) -> Quantized:
+        """As it is stored, where that is the format; else made of the plain weight."""
+        (stored,) = self.sources[name].stored
+        with self._lock:
+            found = self._reader.read_quantised(stored, form.dtype)
+        if found is None:
+            plain = self.plain(name, torch.float32)
+            found = quantize_weight(plain.to(device), form.dtype, form.rotated)
+        elif name in self._unchecked:
+            _check_finite(self.checkpoint, self.sources[name], found.scale)
+        return found
+
+    def _read_packed(self, name: str) -> Tensor:
+        source = self.sources[name]
+        tensor = self.checkpoint.read(source.stored[0])
+        if name in self._unchecked:
+            plain = unpack(tensor, self._packed[name], self.plain_dtype(name))
+            _check_finite(self.checkpoint, source, plain)
+            self._unchecked.remove(name)
+        return tensor
+
+    def read_changed(
+        self, name: str, change: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        return change(self.plain(name, torch.float32).to(device)).to(self.dtype_of(name))
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, whatever the module's and whatever the file's."""
+        source = self.sources[name]
+        shape = shape_of(source, self.checkpoint.tensors)
+        with self._lock:
+            tensor = _read(self._reader, source, shape, dtype)
+        if name in self._unchecked:
+            _check_finite(self.checkpoint, source, tensor)
+            self._unchecked.remove(name)
+        return tensor
+
+    def is_large_table(self, name: str) -> bool:
+        """A token table of which a prompt needs few rows."""
+        return name == "token_embedding.weight" and self.num_bytes(name) > LARGE_TABLE
+
+    def rows(self, name: str, ids: list[int]) -> Tensor:
+        """Some rows of a table, in this order."""
+        stored = self.sources[name].stored[0]
+        with self._lock:
+            rows = [self._reader.read(stored, self.dtype_of(name), range(i, i + 1)) for i in ids]
+        return torch.cat(rows)
+
+
+def match(module: nn.Module, checkpoint: Checkpoint, found: Detected) -> dict[str, Source]:
+    """Where each tensor of the module lies, in stored order; exactly these names and shapes."""
+    sources, unknown = translate(checkpoint, found.component)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [name for name in expected if name not in sources]
+    extra = unknown + [n for n in sources if n not in expected and not _is_unused(n, found)]
+    if missing:
+        raise FormatError(
+            found.path, f"{found.title} lacks {_some(missing)}", "the file is incomplete"
+        )
+    if extra:
+        raise FormatError(
+            found.path, f"{found.title} has no place for {_some(extra)}", "another variant?"
+        )
+    used = {name: source for name, source in sources.items() if name in expected}
+    for name, source in used.items():
+        shape = shape_of(source, checkpoint.tensors)
+        if shape != expected[name]:
+            reason = f"{name} is {list(shape)}; in {found.title} it is {list(expected[name])}"
+            raise FormatError(found.path, reason)
+    return used
+
+
+def _read(
+    reader: PlainReader, source: Source, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    if len(source.stored) == 1:
+        return reader.read(source.stored[0], dtype).view(shape)
+    fused, row = torch.empty(shape, dtype=dtype), 0
+    for name in source.stored:
+        part = reader.read(name, dtype)
+        fused[row : row + len(part)] = part
+        row += len(part)
+    return fused
+
+
+def _check_finite(checkpoint: Checkpoint, source: Source, tensor: Tensor) -> None:
+    if not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN wins both; unlike isfinite, this allocates nothing
+    if not (math.isfinite(low) and math.isfinite(high)):
+        fix = "the file is broken; get it again"
+        if tensor.dtype == torch.float16:
+            fix += ", or its numbers are too large for float16"
+        raise FormatError(checkpoint.path, f"{source.stored[0]} holds NaN or infinity", fix)
+
+
+def _is_unused(name: str, found: Detected) -> bool:
+    if found.kind != "clip" or not (hit := _UNUSED.match(name)):
+        return False
+    return hit[1] is None or int(hit[1]) == found.spec.num_layers - 1
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
