@@ -18,31 +18,23 @@ from wanrt.weights.hub import NANO_WEIGHTS
 NUM_PROMPTS = 16
 
 
-trained = pytest.mark.skipif(
-    not (NANO_WEIGHTS / "dit.safetensors").is_file(), reason="nano is still in training"
-)
-
-
 @pytest.fixture(scope="module")
 def vae() -> WanVAE:
     return load_component(NANO_WEIGHTS, "vae")
 
 
-@trained
 def test_held_out_prompts_come_out_as_asked() -> None:
-    """docs/nano.md gives the shares over 256 prompts; 16 of them must not be far below."""
+    """docs/nano.md gives the shares over 256 prompts; of these 16, one attribute may be missed."""
     result = tally(list(trials(Pipeline.load("nano"), held_out_prompts(NUM_PROMPTS), seed=0)))
-    assert result.every >= 0.80, result
+    assert result.every >= 0.90, result
     assert min(result.each.values()) >= 0.92, result
 
 
-@trained
 def test_vae_reaches_30_db_on_held_out_clips(vae: WanVAE) -> None:
     psnr = held_out_psnr(vae, np.random.default_rng(11), num_clips=6)
     assert np.mean(psnr) >= 30, psnr
 
 
-@trained
 def test_latents_have_the_statistics_of_wan(vae: WanVAE) -> None:
     """Normalised by Wan 2.1's constants, nano's latents are centred with unit variance."""
     latents = vae.encode(render_batch(8, np.random.default_rng(5)))

@@ -36,8 +36,7 @@ class OurSchedule(UniPCMultistepScheduler):
 
 
 def model_folder(name: str, zoo: Any) -> Path:
-    trained = name == NANO.id and (NANO_WEIGHTS / "dit.safetensors").is_file()
-    return NANO_WEIGHTS if trained else zoo.path(name)
+    return NANO_WEIGHTS if name == NANO.id else zoo.path(name)
 
 
 def in_diffusers(name: str, source: Path, folder: Path, zoo: Any, tokenizer: Path) -> WanPipeline:

@@ -32,11 +32,6 @@ def resolve_model(name: str, offline: bool = False) -> Path:
     unless `offline`. Raises UsageError.
     """
     if name == NANO.id:
-        if not (NANO_WEIGHTS / "dit.safetensors").is_file():
-            raise UsageError(
-                f"nano's weights are not in {NANO_WEIGHTS}: this version comes without them; "
-                "name another model (--model)"
-            )
         return NANO_WEIGHTS
     if name in MODELS:
         return _download(f"Wan-AI/{MODELS[name].title}", offline)
