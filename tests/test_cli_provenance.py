@@ -149,6 +149,20 @@ def test_generate_marks(zoo: Any, wanrt: Callable[..., Outcome]) -> None:
     assert wanrt("verify", "c.mp4").code == 1
 
 
+def test_what_nano_makes_passes(wanrt: Callable[..., Outcome]) -> None:
+    """As `make demo`, with fewer frames and steps; and the same after a WebM of it."""
+    prompt = "a red circle moving right on a navy background"
+    done = wanrt("generate", prompt, "-o", "demo.mp4", "--frames", 9, "--steps", 8, "--seed", 1)
+    assert done.code == 0, done.err
+    found = json.loads(wanrt("verify", "demo.mp4", "--json").out)
+    mark = found["layers"]["watermark"]
+    assert found["state"] == "marked" and mark["detected"]
+    assert found["layers"]["c2pa"]["watermark"] == {"algorithm": "org.wanrt.ss.1", "id": mark["id"]}
+    assert wanrt("mark", "demo.mp4", "-o", "demo.webm").code == 0
+    found = json.loads(wanrt("verify", "demo.webm", "--json").out)
+    assert found["state"] == "marked" and found["layers"]["watermark"]["id"] == mark["id"]
+
+
 def test_a_missing_key_is_found_before_any_work(
     zoo: Any, wanrt: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
