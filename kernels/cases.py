@@ -17,7 +17,14 @@ from wanrt.kernels.reference import quantize
 from wanrt.kernels.reference_vae import QuantizedConv
 
 EPS = 1e-6
-FAMILIES = ("cases", "cases_attention", "cases_conv", "cases_conv_int8", "cases_linear")
+FAMILIES = (
+    "cases",
+    "cases_attention",
+    "cases_conv",
+    "cases_conv_int8",
+    "cases_linear",
+    "cases_watermark",
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Drawn = tuple[Any, ...]  # Tensor, Quantized, QuantizedConv or None

@@ -19,6 +19,7 @@ from wanrt.kernels.launch import INTERPRETING
 from wanrt.kernels.target import Target, UnsupportedOp, lacks_fp8
 
 VAE = "reference_vae"  # where the VAE's ops are specified
+MARK = "reference_watermark"
 BACKENDS = ("triton", "torch", "reference")  # the order of preference
 MIN_ARCH = 80  # the oldest cards that multiply bf16
 
@@ -59,6 +60,7 @@ OPS = {
         Op("causal_conv3d_int8", "torch_conv_int8", "conv_int8", VAE),
         Op("upsample_conv2d", "torch_conv", "conv", VAE),
         Op("downsample_conv2d", "torch_conv", "conv", VAE),
+        Op("mark_frame", "torch_watermark", "watermark", MARK),
     )
 }
 

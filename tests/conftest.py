@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
 
 os.environ["WANRT_CACHE"] = "off"  # tests leave nothing in the home of who runs them
 
+from wanrt import keys
 from wanrt.config import MODELS, NANO, ClipSpec, Umt5Spec, WanSpec
 from wanrt.media.image import load_image, save_png
 from wanrt.media.video import read_video, write_video
@@ -30,6 +32,13 @@ TOKENIZER = NANO_WEIGHTS / "tokenizer.json"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    marks = Path(tempfile.mkdtemp(prefix="wanrt-tests-"))  # a signing key and a ledger
+    config.add_cleanup(lambda: shutil.rmtree(marks, ignore_errors=True))
+    keys.init(marks / "keys")
+    os.environ["WANRT_KEYS"] = str(marks / "keys")
+    os.environ["WANRT_LEDGER"] = str(marks / "ledger.jsonl")
+    for variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        os.environ[variable] = str(marks / variable)
     # Small shapes lose time on many threads. OMP_NUM_THREADS can ask for fewer.
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     torch.backends.cudnn.allow_tf32 = False  # a reference in fp32 is fp32 on a GPU too

@@ -34,7 +34,7 @@ def noisy(count: int) -> np.ndarray:
         ("folder.mp4", OutputError, "it is a folder"),
         ("there.mp4", OutputError, "exists already .-y overwrites it"),
         ("pipe.mp4", OutputError, "not a regular file"),
-        ("a.webm", UsageError, "the ending .webm; results are .mp4"),
+        ("a.avi", UsageError, "the ending .avi; results are .mp4, .webm, .mkv"),
         ("a", UsageError, "no ending"),
         ("new\nline.mp4", UsageError, "control character"),
         ("nul\0.mp4", UsageError, "control character"),

@@ -7,16 +7,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wanrt import sampler
     from wanrt.config import GenerateConfig, Lora
+    from wanrt.media.marking import Marking
+    from wanrt.media.saving import save_video
+    from wanrt.media.verification import verify
     from wanrt.pipeline import Pipeline
     from wanrt.weights.load import load_component
 
-__all__ = ["GenerateConfig", "Lora", "Pipeline", "load_component", "sampler"]
+__all__ = [
+    "GenerateConfig",
+    "Lora",
+    "Marking",
+    "Pipeline",
+    "load_component",
+    "sampler",
+    "save_video",
+    "verify",
+]
 
 _HOME = {
     "GenerateConfig": "wanrt.config",
     "Lora": "wanrt.config",
+    "Marking": "wanrt.media.marking",
     "Pipeline": "wanrt.pipeline",
     "load_component": "wanrt.weights.load",
+    "save_video": "wanrt.media.saving",
+    "verify": "wanrt.media.verification",
 }
 
 # In a checkout `kernels/`, `bench/` and `export/` lie beside this folder, installed inside it.

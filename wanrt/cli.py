@@ -15,12 +15,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import wanrt
-from wanrt import cli_plan, cli_quantize, cli_tools
+from wanrt import cli_plan, cli_provenance, cli_quantize, cli_tools
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
-from wanrt.media.output import check_output
-from wanrt.media.video import check_codec, write_video
+from wanrt.media.marking import Marking, Saved
+from wanrt.media.saving import Marker
 from wanrt.memory.budget import gib
 from wanrt.memory.meter import Meter, metered
 from wanrt.memory.plan import Plan
@@ -51,6 +51,7 @@ app = typer.Typer(
 app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 cli_tools.add_to(app)
+cli_provenance.add_to(app)
 
 _INPUTS, _MODEL, _SAMPLING, _OUTPUT = "Inputs", "Model", "Sampling", "Output"
 
@@ -125,12 +126,18 @@ def generate(
     ram: Annotated[str | None, _in(_MODEL, "Budget of host memory, as 32G.")] = None,
     codec: Annotated[Codec, _in(_OUTPUT, "h264, hevc or av1 (h264).")] = Codec.h264,
     crf: Annotated[int | None, _in(_OUTPUT, "Quality, lower is better.")] = None,
+    marking: Annotated[cli_provenance.Mode, cli_provenance.MODE_OPTION] = (
+        cli_provenance.Mode.required
+    ),
+    key: Annotated[Path | None, cli_provenance.KEY_OPTION] = None,
+    tsa: Annotated[str | None, cli_provenance.TSA_OPTION] = None,
+    ledger: Annotated[Path | None, cli_provenance.LEDGER_OPTION] = None,
+    record_prompt: Annotated[bool, cli_provenance.PROMPT_OPTION] = False,
     offline: Annotated[bool, _in(_MODEL, "Never download.", "--offline")] = False,
     as_json: Annotated[bool, _in(_OUTPUT, "One JSON object per video.", "--json")] = False,
     overwrite: Annotated[bool, _in(_OUTPUT, "Overwrite the output.", "-y", "--yes")] = False,
 ) -> None:
     """Make a video (or an image) from a prompt, pictures or a video."""
-    check_codec(codec, crf)
     width, height = parse_size(size)
     settings = {
         "negative": negative,
@@ -157,8 +164,9 @@ def generate(
         "context_scale": context_scale,
     }
     jobs = list(_jobs(_read_prompts(prompt, prompts), seed or [-1], out))
+    marker = Marker(Marking(str(marking), key, tsa, ledger, record_prompt))
     for job in jobs:
-        check_output(job.out, overwrite)
+        marker.check(job.out, str(codec), crf, overwrite)
     with Bars(quiet=as_json) as bars:
         pipe = Pipeline.load(
             model,
@@ -178,7 +186,7 @@ def generate(
         requests = [pipe.check(config) for config in configs]
         settled, inputs = prepare_inputs(configs[0], requests[0], pipe.spec)  # alike for all jobs
         for job in jobs:
-            check_output(job.out, overwrite, settled.num_frames)
+            marker.check(job.out, str(codec), crf, overwrite, settled.num_frames)
         plan = pipe.plan(settled, refs=len(inputs.refs))
         if plan is not None and not as_json:
             cli_plan.show(plan, Console(stderr=True, width=cli_plan.WIDE))
@@ -188,9 +196,10 @@ def generate(
                 run = pipe.start(job.prompt, seed=job.seed, **settings)
                 latents = pipe.denoise(run, on_step=bars.on_step)
                 frames = pipe.decode(run, latents)
-                write_video(job.out, frames, run.request.fps, codec, crf, overwrite)
+                fps = run.request.fps
+                saved = marker.save(frames, job.out, fps, str(codec), crf, overwrite, run.origin)
                 bars.finish()
-                _print_result(job, run, plan, meter, as_json)
+                _print_result(saved, run, plan, meter, as_json)
 
 
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
@@ -219,21 +228,23 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return found
 
 
-def _print_result(job: Job, run: Run, plan: Plan | None, meter: Meter, as_json: bool) -> None:
+def _print_result(saved: Saved, run: Run, plan: Plan | None, meter: Meter, as_json: bool) -> None:
     """plan: that of the prompts of all jobs, which were encoded before the first."""
     request, seconds = run.request, sum(run.timings.values())
     planned = plan and run.plan and max(plan.peak, run.plan.peak)
     if as_json:
         timings = {phase: round(value, 3) for phase, value in run.timings.items()}
         memory = planned and {"planned": planned, "measured": meter.peak}
-        result = {"path": str(job.out), **asdict(request), "timings": timings, "memory": memory}
+        result = {"path": str(saved.path), **asdict(request), "timings": timings, "memory": memory}
+        result["provenance"] = cli_provenance.record(saved)
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return
     print(
-        f"{job.out}: {request.width}x{request.height}, {request.num_frames} frames, "
+        f"{saved.path}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"seed {request.seed}, {request.num_steps} steps of {request.solver}, "
         f"guidance {request.guidance:g}, {seconds:.1f} s"
-        + (f", peak {gib(meter.peak)} of {gib(planned)} planned" if planned else ""),
+        + (f", peak {gib(meter.peak)} of {gib(planned)} planned" if planned else "")
+        + f"; {cli_provenance.marks_of(saved)}",
         flush=True,
     )
 

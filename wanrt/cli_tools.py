@@ -211,6 +211,18 @@ def bench_gpu(
     gpu.main(only, out)
 
 
+def bench_watermark(
+    videos: Annotated[list[Path] | None, typer.Option("--video", help="A further clip.")] = None,
+    only: Annotated[str, typer.Option(help="Clips that have this in their name.")] = "",
+    crops: Annotated[int, typer.Option(help="Unmarked ones, for false alarms.", min=0)] = 2000,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
+) -> None:
+    """Which attacks the watermark withstands, on clips that it was not tuned on; JSON lines."""
+    from wanrt.bench import watermark
+
+    watermark.main(videos or [], only, crops, out)
+
+
 def ops(
     device: Annotated[str, typer.Option(help="cpu or cuda; this machine's by default.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the activations.")] = "bf16",
@@ -252,4 +264,5 @@ def add_to(app: typer.Typer) -> None:
     bench.command("ops")(bench_ops)
     bench.command("quality")(bench_quality)
     bench.command("gpu")(bench_gpu)
+    bench.command("watermark")(bench_watermark)
     app.add_typer(bench, name="bench")

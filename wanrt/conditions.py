@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from wanrt.components import Components
 from wanrt.config import GenerateConfig, VaeWork, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
+from wanrt.media.marking import Input, Origin
 from wanrt.models.clip import preprocess
 from wanrt.planning import within_memory
 from wanrt.request import Request, with_size
@@ -93,6 +95,18 @@ class Conditions:
     def impose(self, latents: Tensor) -> Tensor:
         """Put back what is known: TI2V's first frame stays clean."""
         return latents if self.first is None else i2v.hold_first_frame(latents.clone(), self.first)
+
+
+def origin_of(config: GenerateConfig, request: Request, spec: WanSpec) -> Origin:
+    """What a mark says of this request; a mask shows nothing and is not an input in that sense."""
+    given = {"image": config.image, "last image": config.last_image, "video": config.video}
+    given |= {f"reference {n}": ref for n, ref in enumerate(config.refs, start=1)}
+    inputs = tuple(
+        Input(role, Path(value) if isinstance(value, str | PathLike) else None)
+        for role, value in given.items()
+        if value is not None
+    )
+    return Origin(spec.title, request.task, inputs, request.prompt)
 
 
 def prepare_inputs(

@@ -2,6 +2,8 @@
 
 WANRT_OPS     which backend does the ops: auto (default), triton, torch or reference
 WANRT_CACHE   folder for what can be made again (text features); "off" for none
+WANRT_KEYS    folder of the key that signs results; without it wanrt makes one of its own
+WANRT_LEDGER  file that lists the marked results; "off" for none
 """
 
 import os
@@ -26,8 +28,34 @@ def cache_folder() -> Path | None:
     value = os.environ.get("WANRT_CACHE")
     if value:
         return None if value == "off" else Path(value).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "wanrt/cache"
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/wanrt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanrt"
+    return _folder("XDG_CACHE_HOME", ".cache", "cache")
+
+
+def keys_folder() -> Path | None:
+    """The value of WANRT_KEYS; None where it is not set."""
+    value = os.environ.get("WANRT_KEYS")
+    return Path(value).expanduser() if value else None
+
+
+def own_keys_folder() -> Path:
+    """Where wanrt keeps the key that it made itself."""
+    return _folder("XDG_CONFIG_HOME", ".config", "config") / "keys"
+
+
+def ledger_file() -> Path | None:
+    """The value of WANRT_LEDGER, or the system's place for data; None where it is off."""
+    value = os.environ.get("WANRT_LEDGER")
+    if value:
+        return None if value == "off" else Path(value).expanduser()
+    return _folder("XDG_DATA_HOME", ".local/share", "data") / "ledger.jsonl"
+
+
+def _folder(variable: str, unix: str, windows: str) -> Path:
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")
+        return Path(local) / "wanrt" / windows
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/wanrt"
+    return Path(os.environ.get(variable) or Path.home() / unix) / "wanrt"

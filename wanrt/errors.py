@@ -35,6 +35,12 @@ class OutputError(WanrtError):
     exit_code = 5
 
 
+class MarkingError(WanrtError):
+    """The result cannot be marked as AI-generated: no key, a bad one, no signature, no ledger."""
+
+    exit_code = 6
+
+
 class NumericsError(WanrtError):
     """NaN or infinity where numbers must be finite."""
 

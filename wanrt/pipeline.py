@@ -19,6 +19,7 @@ from wanrt.conditions import (
     Text,
     make_conditions,
     noise_shape,
+    origin_of,
     prepare_inputs,
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
@@ -27,6 +28,7 @@ from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.loras import hint_at_preset, parse_loras
 from wanrt.media.image import to_uint8
+from wanrt.media.marking import UNKNOWN, Origin
 from wanrt.media.result import Video
 from wanrt.memory.plan import Plan
 from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request, within_memory
@@ -60,6 +62,7 @@ class Run:
     request: Request
     conditions: Conditions
     plan: Plan | None = None
+    origin: Origin = UNKNOWN
     timings: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -139,7 +142,7 @@ class Pipeline:
         if not decode:
             return result
         frames = np.concatenate(list(self.decode(run, result)))
-        return Video(frames, run.request.fps, asdict(run.request), run.timings)
+        return Video(frames, run.request.fps, asdict(run.request), run.timings, run.origin)
 
     def stream(
         self, prompt: str, *, on_step: OnStep | None = None, **settings: Any
@@ -171,7 +174,7 @@ class Pipeline:
         text = self._text(prompt_embeds, request.prompt)
         negative = self._text(negative_embeds, request.negative) if request.guided else None
         conditions = make_conditions(request, inputs, text, negative, self.components)
-        run = Run(request, conditions, plan)
+        run = Run(request, conditions, plan, origin_of(config, request, self.spec))
         run.timings["text"] = encoded - begin
         run.timings["conditions"] = time.perf_counter() - encoded
         return run

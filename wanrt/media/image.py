@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wanrt.errors import FormatError, NumericsError, UsageError
-from wanrt.media.output import PendingFile, check_output, write_error
+from wanrt.media.output import PendingFile, Seal, check_output, write_error
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,15 @@ def to_pil(frame: np.ndarray) -> Image.Image:
 
 
 def save_png(
-    image: Tensor | np.ndarray, path: str | PathLike[str], overwrite: bool = False
+    image: Tensor | np.ndarray,
+    path: str | PathLike[str],
+    overwrite: bool = False,
+    seal: Seal | None = None,
 ) -> Path:
-    """Write one image, float `[3, H, W]` in [-1, 1] (rounded) or uint8 `[H, W, 3]`."""
+    """Write one image, float `[3, H, W]` in [-1, 1] (rounded) or uint8 `[H, W, 3]`.
+
+    Marks nothing by itself: see `wanrt.media.saving`.
+    """
     target = check_output(path, overwrite, num_frames=1)
     if isinstance(image, Tensor) and image.is_floating_point():
         image = to_uint8(image[:, None], nearest=True)[0]
@@ -172,6 +178,8 @@ def save_png(
             picture.save(pending.part, format="PNG")
         except OSError as error:
             raise write_error(target, error) from error
+        if seal is not None:
+            seal(pending.part)
     return target
 
 

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +13,10 @@ from typing import Self
 
 from wanrt.errors import OutputError, UsageError
 
-VIDEO_SUFFIX, IMAGE_SUFFIX = ".mp4", ".png"
+VIDEO_SUFFIXES, IMAGE_SUFFIX = (".mp4", ".webm", ".mkv"), ".png"
 MIN_FREE_BYTES = 1 << 20
+
+Seal = Callable[[Path], None]  # does the last to a finished file, before it gets its name
 
 
 def check_output(
@@ -52,16 +55,16 @@ def _check_name(target: Path, num_frames: int | None) -> None:
     if not str(target).isprintable():
         raise UsageError(f"the output name {shown} contains a control character (choose another)")
     suffix = target.suffix.lower()
-    if suffix not in (VIDEO_SUFFIX, IMAGE_SUFFIX):
+    if suffix not in (*VIDEO_SUFFIXES, IMAGE_SUFFIX):
         ending = f"the ending {suffix}" if suffix else "no ending"
         raise UsageError(
-            f"the output name {shown} has {ending}; results are {VIDEO_SUFFIX} (videos) "
-            f"or {IMAGE_SUFFIX} (single images)"
+            f"the output name {shown} has {ending}; results are {', '.join(VIDEO_SUFFIXES)} "
+            f"(videos) or {IMAGE_SUFFIX} (single images)"
         )
     if suffix == IMAGE_SUFFIX and num_frames is not None and num_frames != 1:
         raise UsageError(
             f"{shown} holds one image, but {num_frames} frames were asked for "
-            f"(name a {VIDEO_SUFFIX} file, or ask for 1 frame)"
+            "(name an .mp4 file, or ask for 1 frame)"
         )
 
 

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 from wanrt.media.image import to_pil
-from wanrt.media.video import write_video
+from wanrt.media.marking import REQUIRED, UNKNOWN, Marking, Origin
+from wanrt.media.saving import save_video
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames `np` uint8 `[F, H, W, 3]`, `fps`, the settings that made them, seconds per phase."""
+    """Frames `np` uint8 `[F, H, W, 3]`, `fps`, the settings that made them, seconds per phase.
+
+    provenance: what the marks of a saved file will say of where it comes from.
+    """
 
     np: np.ndarray
     fps: int
     settings: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    provenance: Origin = UNKNOWN
 
     @property
     def frames(self) -> np.ndarray:
@@ -43,6 +48,20 @@ class Video:
         codec: str = "h264",
         crf: int | None = None,
         overwrite: bool = False,
+        marking: Marking = REQUIRED,
     ) -> Path:
-        """Write an `.mp4`, or a `.png` of a single frame; the file appears only when complete."""
-        return write_video(path, [self.np], self.fps, codec=codec, crf=crf, overwrite=overwrite)
+        """Write a video, or a `.png` of a single frame, marked as AI-generated.
+
+        The file appears only when it is complete and its marks have been read back.
+        """
+        saved = save_video(
+            self.np,
+            path,
+            self.fps,
+            codec=codec,
+            crf=crf,
+            overwrite=overwrite,
+            origin=self.provenance,
+            marking=marking,
+        )
+        return saved.path

@@ -1,4 +1,4 @@
-"""Videos: frames appended to an MP4 as they are made, and frames read back from a file."""
+"""Videos: frames appended to a file as they are made, and frames read back from one."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wanrt.errors import FormatError, OutputError, UsageError
 from wanrt.media.image import cover_crop, save_png, to_uint8
-from wanrt.media.output import IMAGE_SUFFIX, PendingFile, check_output, write_error
+from wanrt.media.output import IMAGE_SUFFIX, PendingFile, Seal, check_output, write_error
 
 Frames = Tensor | np.ndarray
 
@@ -31,6 +31,14 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 MAX_SOURCE_FRAMES = 36_000  # 20 minutes at 30 fps
 MAX_FRAME_PIXELS = 7680 * 4320
 MAX_CLIP_BYTES = 4 << 30
+
+
+# FFmpeg's muxer for each ending, its options, and what it holds of the codecs below.
+MUXERS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
+    ".mp4": ("mp4", {"movflags": "+faststart"}, ("h264", "hevc", "av1")),
+    ".webm": ("webm", {}, ("av1",)),
+    ".mkv": ("matroska", {}, ("h264", "hevc", "av1")),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,19 @@ CODECS = {
 }
 
 
-def check_codec(codec: str, crf: int | None = None) -> tuple[str, int]:
-    """FFmpeg's encoder and the CRF to use. Raises UsageError; call it before any work."""
+def check_codec(
+    codec: str, crf: int | None = None, path: str | PathLike[str] | None = None
+) -> tuple[str, int]:
+    """FFmpeg's encoder and the CRF to use, for a file of this name where one is given.
+
+    Raises UsageError; call it before any work.
+    """
     if codec not in CODECS:
         raise UsageError(f"codec {codec!r} is unknown (there are {', '.join(CODECS)})")
+    suffix = "" if path is None else Path(path).suffix.lower()
+    if suffix in MUXERS and codec not in MUXERS[suffix][2]:
+        held = ", ".join(MUXERS[suffix][2])
+        raise UsageError(f"{path} cannot hold {codec}; a {suffix} holds {held} (--codec {held})")
     row = CODECS[codec]
     encoder = next((name for name in row.encoders if name in av.codecs_available), None)
     if encoder is None:
@@ -90,13 +107,14 @@ class VideoWriter:
         codec: str = "h264",
         crf: int | None = None,
         overwrite: bool = False,
+        seal: Seal | None = None,
     ) -> None:
-        self.encoder, self.crf = check_codec(codec, crf)
+        self.encoder, self.crf = check_codec(codec, crf, path)
         self.target = check_output(path, overwrite)
         if self.target.suffix.lower() == IMAGE_SUFFIX:
             raise UsageError(f"{self.target} is the name of an image (name an .mp4 file)")
         self.codec, self.fps, self.num_frames = CODECS[codec], fps, 0
-        self._pending = PendingFile(self.target)
+        self._pending, self._seal = PendingFile(self.target), seal
         self._container: OutputContainer | None = None  # opened by the first frame
         self._stream: VideoStream | None = None
 
@@ -130,9 +148,8 @@ class VideoWriter:
             )
         if self.encoder == "libsvtav1":
             os.environ.setdefault("SVT_LOG", "1")  # errors only; else a banner on stderr
-        self._container = av.open(
-            str(self._pending.part), "w", format="mp4", options={"movflags": "+faststart"}
-        )
+        muxer, options, _ = MUXERS[self.target.suffix.lower()]
+        self._container = av.open(str(self._pending.part), "w", format=muxer, options=options)
         rate = Fraction(self.fps).limit_denominator(1001)
         options = {"crf": str(self.crf), **dict(self.codec.options)}
         self._stream = self._container.add_stream(self.encoder, rate=rate, options=options)
@@ -141,7 +158,7 @@ class VideoWriter:
         context = self._stream.codec_context
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = BT709
-        if self.codec.tag is not None:
+        if self.codec.tag is not None and muxer == "mp4":
             context.codec_tag = self.codec.tag
 
     @contextmanager
@@ -175,6 +192,8 @@ class VideoWriter:
         with self._disk_errors():
             self._container.mux(self._stream.encode(None))
             self._container.close()
+        if self._seal is not None:
+            self._seal(self._pending.part)
         self._pending.commit()
 
 
@@ -185,13 +204,17 @@ def write_video(
     codec: str = "h264",
     crf: int | None = None,
     overwrite: bool = False,
+    seal: Seal | None = None,
 ) -> Path:
-    """Write chunks of frames, as `VideoWriter.append` takes them, to `.mp4`, or one to `.png`."""
+    """Write chunks of frames, as `VideoWriter.append` takes them, to a video, or one to `.png`.
+
+    Marks nothing by itself: see `wanrt.media.saving`.
+    """
     if Path(path).suffix.lower() == IMAGE_SUFFIX:
         frames = [frame for chunk in chunks for frame in _split(chunk)]
         target = check_output(path, overwrite, num_frames=len(frames))
-        return save_png(frames[0], target, overwrite)
-    with VideoWriter(path, fps, codec, crf, overwrite) as writer:
+        return save_png(frames[0], target, overwrite, seal)
+    with VideoWriter(path, fps, codec, crf, overwrite, seal) as writer:
         for chunk in chunks:
             writer.append(chunk)
     return writer.target
@@ -295,6 +318,18 @@ def read_video(
     return Clip(out.div_(127.5).sub_(1), info.fps)
 
 
+def iter_frames(path: str | PathLike[str]) -> Iterator[np.ndarray]:
+    """Every frame, upright uint8 `[H, W, 3]`, one at a time. Raises FormatError."""
+    with _open_video(Path(path)) as (container, stream):
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            yield _upright(frame)
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    return np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame)).copy()
+
+
 def _decode(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` for each wanted index; stops after the last one."""
     position = 0
@@ -302,7 +337,7 @@ def _decode(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         stream.thread_type = "AUTO"
         for index, frame in enumerate(container.decode(stream)):
             if index == wanted[position]:
-                rgb = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame)).copy()
+                rgb = _upright(frame)
             while position < len(wanted) and index == wanted[position]:
                 yield rgb
                 position += 1
