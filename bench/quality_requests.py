@@ -30,9 +30,9 @@ class Mode(NamedTuple):
 MODES = {
     "bf16": Mode("bf16"),
     "int8": Mode("int8"),
-    "int8, attention plain": Mode("int8", attention=False),
+    "int8 with plain attention": Mode("int8", attention=False),
     "fp8": Mode("fp8"),
-    "fp8, attention plain": Mode("fp8", attention=False),
+    "fp8 with plain attention": Mode("fp8", attention=False),
 }
 
 
