@@ -15,6 +15,7 @@ from wanrt.bench.measure import machine
 from wanrt.bench.memory import insert
 from wanrt.errors import UsageError
 
+TABLES: dict[str, Callable[[Sequence[Any]], str]] = {"layers": quality_layers.table}
 _UNITS = {"db": "dB", "psnr": "PSNR, dB", "ssim": "SSIM"}
 
 
@@ -51,22 +52,26 @@ def main(parts: Sequence[str], settings: Settings, out: Path | None) -> None:
             line = {"bench": "quality", "part": part} | asdict(row) | machine("cpu")
             print(json.dumps(line), flush=True)
         if out is not None:
-            insert(out, table(found), f"wanrt bench quality --part {part}")
+            text = TABLES.get(part, table)(found) + where()
+            insert(out, text, f"wanrt bench quality --part {part}")
 
 
 def table(rows: Sequence[Any]) -> str:
-    """Markdown of dataclass rows of one kind, with the machine below it."""
+    """Markdown of dataclass rows of one kind."""
     names = [field.name for field in fields(rows[0])]
     lines = [f"| {' | '.join(_UNITS.get(n, n.replace('_', ' ')) for n in names)} |"]
     lines.append(f"|{'---|' * len(names)}")
     lines += [f"| {' | '.join(_cell(getattr(row, name)) for name in names)} |" for row in rows]
-    where = machine("cpu")
-    lines += [
-        "",
-        f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, "
-        f"commit {where['commit']}, {where['date']}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n"
+
+
+def where() -> str:
+    """The machine, as a line below a table."""
+    this = machine("cpu")
+    return (
+        f"{this['machine']}, {this['threads']} threads, torch {this['torch']}, "
+        f"commit {this['commit']}, {this['date']}.\n"
+    )
 
 
 def _cell(value: object) -> str:

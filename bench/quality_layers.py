@@ -5,7 +5,7 @@ Two subjects. A block of the 1.3B with random weights and heavy-tailed tokens (0
 latents after all steps; there also block by block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -46,15 +46,44 @@ class Row:
     error: float
 
 
+def table(found: Sequence[Row]) -> str:
+    """Markdown: for each subject the relative errors in per cent, a column for each format."""
+    lines = []
+    for subject in dict.fromkeys(row.subject for row in found):
+        own = [row for row in found if row.subject == subject]
+        error = {(row.layers, row.format): f"{100 * row.error:.2f}" for row in own}
+        forms = [name for name in FORMATS if any(row.format == name for row in own)]
+        lines += [f"| {subject}, error in % | {' | '.join(forms)} |", f"|---|{'---|' * len(forms)}"]
+        for layers in dict.fromkeys(row.layers for row in own if row.format in forms):
+            cells = (error.get((layers, form), "") for form in forms)
+            lines.append(f"| {layers} | {' | '.join(cells)} |")
+        attention = (f"{name} {error['attention', name]} %" for name in ATTENTION.values())
+        lines += ["", f"Attention: {', '.join(attention)}.", ""]
+    return "\n".join(lines)
+
+
 def rows() -> Iterator[Row]:
     """The block first, then nano."""
+    yield from block_rows()
     with torch.inference_mode():
-        yield from _measure("1.3B block", *_block())
         yield from _measure("nano", *_nano(), by_block=True)
 
 
+def block_rows(
+    groups: Iterable[str] = tuple(GROUPS), forms: Iterable[str] = tuple(FORMATS)
+) -> Iterator[Row]:
+    """Of the true-shaped block, some or all groups and formats; then its attention."""
+    with torch.inference_mode():
+        yield from _measure("1.3B block", *_block(), groups=groups, forms=forms)
+
+
 def _measure(
-    subject: str, model: nn.Module, run: Callable[[nn.Module], Tensor], by_block: bool = False
+    subject: str,
+    model: nn.Module,
+    run: Callable[[nn.Module], Tensor],
+    by_block: bool = False,
+    groups: Iterable[str] = tuple(GROUPS),
+    forms: Iterable[str] = tuple(FORMATS),
 ) -> Iterator[Row]:
     expected = run(model)
 
@@ -64,9 +93,9 @@ def _measure(
         cosine = torch.cosine_similarity(a, b, 0).item()
         return Row(subject, layers, form, cosine, ((a - b).norm() / b.norm()).item())
 
-    for name, form in FORMATS.items():
-        for group, parts in GROUPS.items():
-            yield row(group, name, _changed(model, form, parts))
+    for name in forms:
+        for group in groups:
+            yield row(group, name, _changed(model, FORMATS[name], GROUPS[group]))
     for precision, attention in ATTENTION.items():
         changed = deepcopy(model)
         quantize_attention(changed, precision, torch.device("cpu"), torch.float32)
