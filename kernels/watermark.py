@@ -9,20 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.launch import INTERPRETER, arch_of, launch
+from wanrt.kernels.launch import launch
 from wanrt.kernels.reference_watermark import BLOCK, SHIFT
 from wanrt.kernels.target import Target
 
-VALUES, WARPS = 2048, 4  # of one program: 16 values for each thread
+VALUES, WARPS = 1024, 4  # of one program: 8 values of a line for each thread
 
 
-@triton.jit(do_not_specialize=["num_values"])
+@triton.jit
 def _mark_frame_kernel(
     frame_ptr,
     pattern_ptr,
     strength_ptr,
     out_ptr,
-    num_values,
     line,
     columns,
     SIDE: tl.constexpr,
@@ -30,40 +29,39 @@ def _mark_frame_kernel(
     SHIFT: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Values of the frame one after the other; a line of it has `line`, one of the pattern more."""
-    index = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    exists = index < num_values
-    row, place = index // line, index % line
+    """A part of one line: `line` values of the frame, rounded up to whole blocks in the pattern."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    exists = place < line
     padded = columns * (SIDE * CHANNELS)
     pattern = tl.load(pattern_ptr + row * padded + place, exists, 0).to(tl.int32)
     block = row // SIDE * columns + place // (SIDE * CHANNELS)
     strength = tl.load(strength_ptr + block, exists, 0).to(tl.int32)
     change = (pattern * strength + (1 << (SHIFT - 1))) >> SHIFT
-    value = tl.load(frame_ptr + index, exists, 0).to(tl.int32) + change
+    value = tl.load(frame_ptr + row * line + place, exists, 0).to(tl.int32) + change
     value = tl.minimum(tl.maximum(value, 0), 255)
-    tl.store(out_ptr + index, value.to(tl.uint8), exists)
+    tl.store(out_ptr + row * line + place, value.to(tl.uint8), exists)
 
 
 def mark_frame(frame: Tensor, pattern: Tensor, strength: Tensor) -> Tensor:
     """See `reference_watermark.mark_frame`."""
-    _, width, channels = frame.shape
+    height, width, channels = frame.shape
     frame, pattern, strength = (x.contiguous() for x in (frame, pattern, strength))
     out = torch.empty(frame.shape, dtype=torch.uint8, device=frame.device)
-    values = 1 << 18 if arch_of(frame) == INTERPRETER else VALUES
+    line = width * channels
     launch(
         _mark_frame_kernel,
-        (triton.cdiv(frame.numel(), values),),
+        (height, triton.cdiv(line, VALUES)),
         frame,
         pattern,
         strength,
         out,
-        frame.numel(),
-        width * channels,
+        line,
         pattern.shape[2],
         SIDE=BLOCK,
         CHANNELS=channels,
         SHIFT=SHIFT,
-        VALUES=values,
+        VALUES=VALUES,
         num_warps=WARPS,
     )
     return out
