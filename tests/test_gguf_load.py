@@ -189,19 +189,14 @@ def test_a_long_feed_forward_unpacks_once(
     assert len(counts) == 2 and all(m._held is None for m in (feed_forward[0], feed_forward[2]))
 
 
-def test_packed_vectors_are_plain(spec: WanSpec, tmp_path: Path) -> None:
-    """No tool packs biases, but a file may have them so, also beside a plain matrix."""
+def test_packed_vectors_are_refused(spec: WanSpec, tmp_path: Path) -> None:
+    """No tool writes them: a row of a vector is one number, which is no block."""
     shapes = {n: tuple(t.shape) for n, t in skeleton("dit", spec.dit).state_dict().items()}
     values = {n: lively("dit", n, shape, torch.float32) for n, shape in shapes.items()}
-    held = write_gguf(
-        tmp_path / "a.gguf",
-        values,
-        lambda name, t: "Q8_0" if t.ndim == 1 and t.shape[0] % 32 == 0 else "F32",
-    )
-    loaded = load_component(tmp_path / "a.gguf", "dit", keep_packed=True)
-    assert not any(isinstance(m, PackedLinear) for m in loaded.modules())
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, held[name]), name
+    bias = "blocks.0.ffn.0.bias"
+    write_gguf(tmp_path / "a.gguf", values, lambda name, _: "Q8_0" if name == bias else "F32")
+    with pytest.raises(FormatError, match=rf"{bias}' has blocks that cross the rows .* \[512\]"):
+        load_component(tmp_path / "a.gguf", "dit", keep_packed=True)
 
 
 def test_a_large_token_table_stays_in_its_file(
