@@ -3,7 +3,6 @@
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
+
+from wanrt.media.video import ordinary_priority
 
 Edit = Callable[[np.ndarray], np.ndarray]
 RATE = 16
@@ -49,19 +50,6 @@ def encode(frames: np.ndarray, codec: str = "libx264", crf: int = 23, scale: flo
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return file.getvalue()
-
-
-@contextmanager
-def ordinary_priority() -> Iterator[None]:
-    """SVT-AV1, where root runs it, leaves its caller a real-time thread that starves all others."""
-    if not hasattr(os, "sched_getscheduler"):  # only Linux has them
-        yield
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, parameters)
 
 
 def decode(file: bytes | Path) -> Iterator[np.ndarray]:

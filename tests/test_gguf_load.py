@@ -189,6 +189,16 @@ def test_a_long_feed_forward_unpacks_once(
     assert len(counts) == 2 and all(m._held is None for m in (feed_forward[0], feed_forward[2]))
 
 
+def test_packed_vectors_are_refused(spec: WanSpec, tmp_path: Path) -> None:
+    """No tool writes them: a row of a vector is one number, which is no block."""
+    shapes = {n: tuple(t.shape) for n, t in skeleton("dit", spec.dit).state_dict().items()}
+    values = {n: lively("dit", n, shape, torch.float32) for n, shape in shapes.items()}
+    bias = "blocks.0.ffn.0.bias"
+    write_gguf(tmp_path / "a.gguf", values, lambda name, _: "Q8_0" if name == bias else "F32")
+    with pytest.raises(FormatError, match=rf"{bias}' has blocks that cross the rows .* \[512\]"):
+        load_component(tmp_path / "a.gguf", "dit", keep_packed=True)
+
+
 def test_a_large_token_table_stays_in_its_file(
     spec: WanSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,3 +348,11 @@ def test_the_encoders_keep_quiet(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux has schedulers")
+def test_writing_av1_leaves_the_priority_alone(tmp_path: Path) -> None:
+    """SVT-AV1 makes its caller a real-time thread where it may."""
+    before = os.sched_getscheduler(0)
+    write_video(tmp_path / "a.mp4", [np.zeros((3, 64, 64, 3), np.uint8)], 16, "av1")
+    assert os.sched_getscheduler(0) == before

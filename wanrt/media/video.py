@@ -127,7 +127,7 @@ class VideoWriter:
             frames = (to_uint8(frames) if frames.is_floating_point() else frames).cpu().numpy()
         assert frames.ndim == 4 and frames.shape[3] == 3, f"{frames.shape=}"
         assert frames.dtype == np.uint8, f"{frames.dtype=}"
-        with self._disk_errors():
+        with self._disk_errors(), ordinary_priority():
             for frame in frames:  # [H, W, 3]
                 self._encode(frame)
 
@@ -189,12 +189,25 @@ class VideoWriter:
 
     def _finish(self) -> None:
         assert self._stream is not None, "no frames were appended"
-        with self._disk_errors():
+        with self._disk_errors(), ordinary_priority():
             self._container.mux(self._stream.encode(None))
             self._container.close()
         if self._seal is not None:
             self._seal(self._pending.part)
         self._pending.commit()
+
+
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """SVT-AV1, where root runs it, leaves its caller a real-time thread that starves all others."""
+    if not hasattr(os, "sched_getscheduler"):  # only Linux has them
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def write_video(
