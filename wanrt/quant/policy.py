@@ -1,8 +1,10 @@
 """Which product of a transformer gets which format, and why: the first rule that fits a name.
 
 Three levels. `full`: weights and activations in eight bits, the fast product. `weights`: eight bits
-in memory, the product in the model's own dtype. `plain`: nothing is quantised. The reasons with
-figures come from `wanrt bench quality --part layers` (docs/quality.md).
+in memory, the product in the model's own dtype. `plain`: nothing is quantised.
+
+The figures come from `wanrt bench quality --part layers` (docs/quality.md). No block stands out, so
+that none is exempt: alone in int8, nano's six cost its latents 0.8 to 1.3 %, the first one least.
 """
 
 import re
@@ -33,12 +35,13 @@ RULES = (
     Rule(
         r"vace_blocks\.\d+\.(before|after)_proj$",
         "weights",
-        "they take the residual stream itself, whose large channels eight bits do not hold",
+        "they take the residual stream itself, with its few large channels, and are two of nine",
     ),
     Rule(
         r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.[02])$",
         "full",
-        "nine tenths of all products, and each follows a norm or is rotated in groups of 128",
+        "nine tenths of all products; of the 1.3B's block all of them together cost 1.7 % in int8 "
+        "(5.2 % without the rotation), 5.0 % in fp8",
     ),
     Rule(
         r"",
