@@ -561,8 +561,9 @@ def test_a_full_disk(
     monkeypatch.setattr(os, "fsync", refuse)
     frames = ("--frames", 1) if name == "a.png" else ()
     outcome = wanrt(*generate(zoo.path(T2V), "-o", tmp_path / name, *frames))
-    assert outcome.code == 5 and not outcome.out and not list(tmp_path.iterdir())
-    assert "no space left in" in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.code == 6 and not outcome.out and not list(tmp_path.iterdir())
+    assert outcome.err.count("\n") == 1 and outcome.err.startswith("wanrt: marking failed")
+    assert "no space left in" in outcome.err  # marks are the first to be flushed
 
 
 def test_a_broken_tokenizer(zoo: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
