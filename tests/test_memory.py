@@ -63,7 +63,7 @@ def test_blocks_of_a_gguf_file_load_within_their_size(tmp_path: Path) -> None:
     """Unpacked, the model and no tensor more; packed, a quarter of it and one matrix."""
     spec = replace(SPEC.dit, dim=1024, ffn_dim=4096, num_heads=8, num_layers=4, text_dim=1024)
     shapes = {n: tuple(t.shape) for n, t in skeleton("dit", spec).state_dict().items()}
-    tensors = {name: torch.empty(1).expand(shape) for name, shape in shapes.items()}
+    tensors = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
     path = tmp_path / "model.gguf"
     write_gguf(path, tensors, lambda _, t: "Q4_K" if t.ndim == 2 else "F32")
     plain = run_child(path, "dit")["dit"]
