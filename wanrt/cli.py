@@ -48,10 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=wanrt.__doc__,
 )
-app.command()(cli_plan.plan)
-app.command()(cli_quantize.quantize)
-cli_tools.add_to(app)
-cli_provenance.add_to(app)
 
 _INPUTS, _MODEL, _SAMPLING, _OUTPUT = "Inputs", "Model", "Sampling", "Output"
 
@@ -200,6 +196,12 @@ def generate(
                 saved = marker.save(frames, job.out, fps, str(codec), crf, overwrite, run.origin)
                 bars.finish()
                 _print_result(saved, run, plan, meter, as_json)
+
+
+app.command()(cli_plan.plan)
+app.command()(cli_quantize.quantize)
+cli_tools.add_to(app)
+cli_provenance.add_to(app)
 
 
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:
