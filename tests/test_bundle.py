@@ -26,8 +26,8 @@ from bundle_files import (
 from wanrt import cli, env
 from wanrt.engine import bundle, trust, zip_layout
 from wanrt.engine.bundle import Bundle, Host
-from wanrt.engine.manifest import Input, Manifest
-from wanrt.engine.records import canonical, parse
+from wanrt.engine.manifest import Input, parse_manifest
+from wanrt.engine.records import canonical
 from wanrt.errors import FormatError, MarkingError, OutputError, UsageError
 
 FORMS = ("b", "b.zip")
@@ -96,12 +96,12 @@ def test_a_large_zip_has_zip64_fields_that_others_read() -> None:
 
 def test_the_manifest_has_one_text() -> None:
     raw = canonical(manifest())
-    assert parse(Manifest, raw, Path("m"), "manifest") == manifest()
+    assert parse_manifest(raw, Path("m")) == manifest()
     assert raw == json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":")).encode()
     for other in (raw + b"\n", raw.replace(b":1,", b": 1,", 1), raw.replace(b"true", b"True")):
         if other != raw:
             with pytest.raises(FormatError, match="canonical|not valid"):
-                parse(Manifest, other, Path("m"), "manifest")
+                parse_manifest(other, Path("m"))
 
 
 def _edit(**changes: Any) -> bytes:
@@ -112,9 +112,10 @@ def _edit(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        (_edit(format=0), "format is 0; this wanrt reads 1"),
-        (_edit(format=2), "format is 2"),
+        (_edit(format=0, old=1), "has format 0; this wanrt reads format 1"),
+        (_edit(format=2, new=1), "has format 2; this wanrt reads format 1"),
         (_edit(format=True), "manifest.format is True"),
+        (_edit(format=10**99), "has format 1000"),
         (_edit(format=1.0), "manifest.format is 1.0"),
         (_edit(extra=1), "has unknown 'extra'"),
         (_edit(weights=None), "manifest.weights is no list"),
@@ -134,7 +135,7 @@ def _edit(**changes: Any) -> bytes:
 )
 def test_a_manifest_that_is_not_in_order(raw: bytes, named: str) -> None:
     with pytest.raises(FormatError, match=named):
-        parse(Manifest, raw, Path("m"), "manifest")
+        parse_manifest(raw, Path("m"))
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ from hypothesis import strategies as st
 from wanrt import cli
 from wanrt.engine import bundle
 from wanrt.engine.bundle import Bundle
-from wanrt.engine.manifest import Manifest
+from wanrt.engine.manifest import parse_manifest
 from wanrt.engine.onnx_check import check_self_contained
-from wanrt.engine.records import canonical, parse
+from wanrt.engine.records import canonical
 from wanrt.errors import FormatError, WanrtError
 
 ADA = "engines/block-ada.engine"
@@ -364,7 +364,7 @@ def test_a_manifest_with_anything_changed_is_read_strictly(data: st.DataObject) 
     holder[last] = data.draw(JSON)
     raw = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     try:
-        record = parse(Manifest, raw, Path("m"), "manifest")
+        record = parse_manifest(raw, Path("m"))
     except FormatError as error:
         assert str(error).isprintable()
         return

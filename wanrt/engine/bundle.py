@@ -20,9 +20,10 @@ from wanrt.engine.manifest import (
     Manifest,
     Member,
     check_name,
+    parse_manifest,
 )
 from wanrt.engine.onnx_check import check_self_contained
-from wanrt.engine.records import canonical, parse
+from wanrt.engine.records import canonical
 from wanrt.engine.store import Folder, Store, open_store
 from wanrt.engine.trust import MAX_SIGNATURE, Signer, signer_of, trusted_keys
 from wanrt.errors import FormatError, UsageError
@@ -75,7 +76,7 @@ class Bundle:
         if key not in (trusted_keys() if trusted is None else trusted):
             fix = f"if its maker states this key: wanrt bundle verify {path} --trust {key}"
             raise FormatError(path, f"is signed by {key}, which is not trusted here", fix)
-        return cls(path, store, parse(Manifest, raw, path, "manifest"), key)
+        return cls(path, store, parse_manifest(raw, path), key)
 
     @classmethod
     def look(cls, path: Path) -> "Bundle":
@@ -86,7 +87,7 @@ class Bundle:
         store = open_store(path)
         raw, signature = _raw(path, store)
         key = None if signature is None else signer_of(path, raw, signature)
-        return cls(path, store, parse(Manifest, raw, path, "manifest"), key)
+        return cls(path, store, parse_manifest(raw, path), key)
 
     def read(self, name: str, limit: int = MAX_READ) -> bytes:
         """A member whose size and SHA-256 are those of the manifest; peak: it, twice.

@@ -6,11 +6,13 @@ Specification: docs/bundle.md. Every record is checked when it is made, by a wri
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from wanrt.config import DitSpec, VaeSpec, WanSpec
-from wanrt.engine.records import MAX_INTEGER
+from wanrt.engine.records import MAX_INTEGER, parse
+from wanrt.errors import FormatError
+from wanrt.weights.safetensors_file import parse_json
 
 FORMAT = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"  # the two files that are not members
@@ -157,10 +159,10 @@ class Licence:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it. `weights` are members too, and may be none. Lists are sorted and have no twins.
+    """All of it. `weights` are names of members, and may be none.
 
-    Raises ValueError where the parts do not fit each other: every member has a use, every use a
-    member, every engine a graph.
+    Raises ValueError where the parts do not fit each other: members, graphs and tools are sorted
+    by name, every member has a use, every use a member, every engine a graph.
     """
 
     format: int
@@ -204,6 +206,16 @@ class Manifest:
         yield from (("engine", engine.member) for engine in self.engines)
         yield from (("weights", name) for name in self.weights)
         yield from (("licence", licence.member) for licence in self.licences)
+
+
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """The manifest with this text. Raises FormatError, for another format by its number."""
+    value = parse_json(path, raw, "manifest")
+    found = value.get("format") if isinstance(value, dict) else None
+    if type(found) is int and found != FORMAT:
+        reason = f"has format {ascii(found)[:20]}; this wanrt reads format {FORMAT}"
+        raise FormatError(path, reason, "get the bundle that was built for this version")
+    return parse(Manifest, raw, path, "manifest")
 
 
 def check_name(name: str) -> None:

@@ -17,7 +17,7 @@ class Given:
     """What is to be written, as a store: bytes, or paths of files to copy."""
 
     def __init__(self, contents: Mapping[str, bytes | Path]) -> None:
-        """Raises OutputError for a path that cannot be read."""
+        """Raises FormatError, as `chunks` does, for a path that cannot be read."""
         self._contents, self.sizes = contents, {}
         for name, content in contents.items():
             if isinstance(content, bytes):
@@ -26,17 +26,24 @@ class Given:
             try:
                 self.sizes[name] = content.stat().st_size
             except OSError as error:
-                reason = f"cannot read {content}: {error.strerror or error}"
-                raise OutputError(f"{reason} (it was to be {name} of a bundle)") from error
+                raise _unreadable(content, name, error) from error
 
     def chunks(self, name: str) -> Iterator[bytes]:
         content = self._contents[name]
         if isinstance(content, bytes):
             yield content
             return
-        with open(content, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+        try:
+            with open(content, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        except OSError as error:
+            raise _unreadable(content, name, error) from error
+
+
+def _unreadable(path: Path, name: str, error: OSError) -> FormatError:
+    reason = f"cannot be read: {error.strerror or error}"
+    return FormatError(path, reason, f"it was to be {name} of a bundle")
 
 
 def write_store(

@@ -21,9 +21,8 @@ from wanrt import env, keys
 from wanrt.engine.records import canonical, is_plain, parse
 from wanrt.errors import FormatError, MarkingError, OutputError, UsageError
 
-PURPOSE = b"wanrt bundle manifest, format 1\n"  # stands before what is signed, for this use alone
+PURPOSE = b"wanrt bundle manifest\n"  # stands before what is signed, for this use alone
 MAX_SIGNATURE = 1024  # bytes of the file
-MAX_LIST = 1 << 20
 _KEY, _SIGNATURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{128}")
 
 
@@ -109,7 +108,7 @@ def trusted_keys(path: Path | None = None) -> frozenset[str]:
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            raw = file.read(MAX_LIST + 1)
+            raw = file.read()
     except FileNotFoundError:
         return frozenset()
     except OSError as error:
