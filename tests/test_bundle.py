@@ -66,42 +66,39 @@ def _entries(data: bytes) -> list[zip_layout.Entry]:
     return zip_layout.read_entries(Path("z"), BytesIO(data), len(data))
 
 
-def test_a_large_zip_has_zip64_fields_that_others_read() -> None:
-    """5 GiB that are not there: the directory of such a file, as Python's zipfile sees it."""
-    big, small = 5 << 30, 7
-    begin = len(zip_layout.local_header("a.safetensors", big, 1))
-    entries = [zip_layout.Entry("a.safetensors", big, 1, begin)]
-    after = begin + big + len(zip_layout.local_header("b.txt", small, 2))
-    entries.append(zip_layout.Entry("b.txt", small, 2, after))
-    tail = zip_layout.directory(entries, after + small)
-
-    class Sparse(BytesIO):
-        """Zeros, then the directory."""
-
-        def seek(self, offset: int, whence: int = 0) -> int:
-            start = {0: 0, 1: self.tell(), 2: after + small + len(tail)}[whence]
-            return super().seek(start + offset - after - small) + after + small
-
-        def tell(self) -> int:
-            return super().tell() + after + small
-
-    with zipfile.ZipFile(Sparse(tail)) as file:
+@pytest.mark.skipif(os.name != "posix", reason="files with holes")
+def test_a_large_zip_has_zip64_fields_that_others_read(tmp_path: Path) -> None:
+    """One file of 5 GiB that takes no room on the disk, one of 7 bytes, and their directory."""
+    path, big = tmp_path / "large.zip", 5 << 30
+    heads = [zip_layout.local_header("a.safetensors", big, 1), zip_layout.local_header("b", 7, 2)]
+    second = len(heads[0]) + big
+    entries = [zip_layout.Entry("a.safetensors", big, 1, len(heads[0]))]
+    entries.append(zip_layout.Entry("b", 7, 2, second + len(heads[1])))
+    with path.open("wb") as file:
+        file.write(heads[0])
+        file.seek(second)
+        file.write(heads[1] + bytes(7))
+        file.write(zip_layout.directory(entries, file.tell()))
+    with path.open("rb") as file:
+        assert zip_layout.read_entries(path, file, path.stat().st_size) == entries
+    with zipfile.ZipFile(path) as file:
         found = [(i.filename, i.file_size, i.CRC, i.header_offset) for i in file.infolist()]
-    assert found == [("a.safetensors", big, 1, 0), ("b.txt", small, 2, begin + big)]
-    header = zip_layout.local_header("a.safetensors", big, 1)
-    assert header[14:] == bytes.fromhex("01000000 ffffffff ffffffff 0d00 1400") + (
-        b"a.safetensors" + bytes.fromhex("0100 1000 0000004001000000 0000004001000000")
-    )
+        assert found == [("a.safetensors", big, 1, 0), ("b", 7, 2, second)]
+        assert file.open("a.safetensors").read(3) == bytes(3)  # the header before it agrees
 
 
 def test_the_manifest_has_one_text() -> None:
     raw = canonical(manifest())
     assert parse_manifest(raw, Path("m")) == manifest()
     assert raw == json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":")).encode()
-    for other in (raw + b"\n", raw.replace(b":1,", b": 1,", 1), raw.replace(b"true", b"True")):
-        if other != raw:
-            with pytest.raises(FormatError, match="canonical|not valid"):
-                parse_manifest(other, Path("m"))
+    for other in (
+        raw + b"\n",
+        raw.replace(b":1,", b": 1,", 1),
+        raw.replace(b"wan2", b"w\\u0061n2"),
+    ):
+        assert other != raw and json.loads(other) == json.loads(raw)
+        with pytest.raises(FormatError, match="is not in its canonical form"):
+            parse_manifest(other, Path("m"))
 
 
 def _edit(**changes: Any) -> bytes:
@@ -313,7 +310,7 @@ def test_the_verbs(wanrt: Callable[..., tuple[int, str, str]]) -> None:
     assert f"signed by {STRANGER.key}" in out and "block, tensorrt-rtx 1.7.1.116 on 8.6" in out
     shown = json.loads(wanrt("bundle", "list", "b", "--json")[1])
     assert shown["manifest"] == json.loads(canonical(manifest()))
-    assert wanrt("bundle", "sign", "b", "--key", "other.zip")[0] in (3, 6)
+    assert wanrt("bundle", "sign", "b", "--key", "other.zip")[0] == 6
     assert wanrt("bundle", "list", "none")[0] == 3
     shutil.rmtree("b/onnx")
     assert wanrt("bundle", "list", "b")[0] == 3

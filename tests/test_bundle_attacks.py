@@ -99,7 +99,10 @@ IN_FOLDERS: dict[str, tuple[Edit, str]] = {
     "byte": (lambda b: _flip(b / ADA), f"{ADA} was changed"),
     "byte of the weights": (lambda b: _flip(b / "weights/dit.safetensors"), "was changed"),
     "byte of the manifest": (lambda b: _flip(b / "manifest.json"), "signature .* does not hold"),
-    "byte of the signature": (lambda b: _flip(b / "manifest.sig", -9), "not|no valid|hexadec"),
+    "byte of the signature": (
+        lambda b: _flip(b / "manifest.sig", -9),
+        "does not hold|hexadecimal digits",
+    ),
     "shorter": (lambda b: (b / ADA).write_bytes(b"x"), "1 bytes, its manifest says 640"),
     "extra file": (lambda b: (b / "engines/x").touch(), "does not name: 'engines/x'"),
     "extra steering file": (lambda b: (b / "\x1b[2J").touch(), r"does not name: '\\x1b\[2J'"),
