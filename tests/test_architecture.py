@@ -71,6 +71,7 @@ LINES = {
         (
             "wanrt.integrations",
             "wanrt.cli",
+            "wanrt.cli_bundle",
             "wanrt.cli_plan",
             "wanrt.cli_provenance",
             "wanrt.cli_quantize",
@@ -102,12 +103,16 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
         "wanrt/media/frames.py": "knows an image of PIL when it sees one",
         "wanrt/nano/sheet.py": "draws captions; nothing else in the runtime draws",
     },
+    "cryptography": {
+        "wanrt/engine/trust.py": "Ed25519 for bundles; its home, keys.py, has certificates",
+    },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
         "wanrt/cli_plan.py": "likewise",
         "wanrt/cli_tools.py": "likewise",
     },
     "typer": {
+        "wanrt/cli_bundle.py": "the verbs about bundles",
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
         "wanrt/cli_provenance.py": "the verbs about marks",
         "wanrt/cli_quantize.py": "likewise",

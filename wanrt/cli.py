@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import wanrt
-from wanrt import cli_plan, cli_provenance, cli_quantize, cli_tools
+from wanrt import cli_bundle, cli_plan, cli_provenance, cli_quantize, cli_tools
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
@@ -202,6 +202,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 cli_tools.add_to(app)
 cli_provenance.add_to(app)
+cli_bundle.add_to(app)
 
 
 def _jobs(prompts: list[str], seeds: list[int], out: Path) -> Iterator[Job]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from wanrt import env
-from wanrt.errors import MarkingError
+from wanrt.errors import MarkingError, UsageError
 from wanrt.media import ledger
 from wanrt.media.mark_file import mark_file
 from wanrt.media.marking import Marking, Saved
@@ -138,14 +138,28 @@ def marks_of(saved: Saved) -> str:
 def keys_init(
     key: Annotated[Path | None, typer.Option("--key", help="Folder to make.")] = None,
     name: Annotated[str | None, typer.Option(help="Organisation in the certificates.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Make a key for engine bundles instead, in this file.")
+    ] = None,
 ) -> None:
     """Make a private root, a signing key and its certificate."""
     from wanrt import keys
 
+    if bundle is not None:
+        _bundle_key(bundle, alone=key is None and name is None)
+        return
     folder = key or env.keys_folder() or env.own_keys_folder()
     keys.init(folder, name or keys.PRIVATE)
     print(f"{folder}: {keys.KEY} (mode 0600), {keys.CHAIN}, {keys.ROOT}")
     print(PRIVATE_TRUST)
+
+
+def _bundle_key(file: Path, alone: bool) -> None:
+    from wanrt.engine import trust
+
+    if not alone:
+        raise UsageError("--bundle makes one file with one key; leave out --key and --name")
+    print(f"{file}: signs bundles as {trust.make_key(file)}")
 
 
 def ledger_verify(

@@ -44,6 +44,11 @@ def own_keys_folder() -> Path:
     return _folder("XDG_CONFIG_HOME", ".config", "config") / "keys"
 
 
+def trusted_keys_file() -> Path:
+    """The keys of engine bundles that the user trusted."""
+    return _folder("XDG_CONFIG_HOME", ".config", "config") / "bundle-keys"
+
+
 def ledger_file() -> Path | None:
     """The value of WANRT_LEDGER, or the system's place for data; None where it is off."""
     value = os.environ.get("WANRT_LEDGER")

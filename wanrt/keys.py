@@ -79,7 +79,7 @@ def load(folder: Path) -> SigningKey:
         raise MarkingError(
             f"there is no folder of keys at {folder} (`wanrt keys init --key {folder}` makes one)"
         )
-    private = _private_key(folder / KEY)
+    private = private_key(folder / KEY)
     chain = _read(folder / CHAIN).decode("ascii", "replace")
     leaf = _certificates(chain, str(folder / CHAIN))[0]
     if leaf.public_key() != private.public_key():
@@ -100,7 +100,8 @@ def _read(path: Path) -> bytes:
         raise MarkingError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _private_key(path: Path) -> PrivateKey:
+def private_key(path: Path) -> PrivateKey:
+    """From a PEM file that its owner alone can read. Raises MarkingError."""
     pem = _read(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if os.name == "posix" and mode & 0o077:
