@@ -1,12 +1,27 @@
-"""How far two clips are apart, as eyes and engineers measure it."""
+"""How far two tensors or two clips are apart, as engineers and eyes measure it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _WINDOW, _SIGMA = 11, 1.5
+
+
+class Closeness(NamedTuple):
+    """Cosine, and the relative error in L2, of two tensors; computed in fp64."""
+
+    cosine: float
+    error: float
+
+
+def closeness(actual: Tensor, expected: Tensor) -> Closeness:
+    """How near a tensor is to what it should be."""
+    a, b = actual.flatten().double(), expected.flatten().double()
+    error = (a - b).norm() / b.norm()
+    return Closeness(torch.cosine_similarity(a, b, 0).item(), error.item())
 
 
 def psnr(actual: Tensor, expected: Tensor) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wanrt.bench.pictures import closeness
 from wanrt.config import DIT_1_3B
 from wanrt.kernels.cases import heavy_tailed
 from wanrt.models.dit import Block, TimeEmbedding
@@ -88,10 +89,7 @@ def _measure(
     expected = run(model)
 
     def row(layers: str, form: str, changed: nn.Module) -> Row:
-        actual = run(changed)
-        a, b = actual.flatten().double(), expected.flatten().double()
-        cosine = torch.cosine_similarity(a, b, 0).item()
-        return Row(subject, layers, form, cosine, ((a - b).norm() / b.norm()).item())
+        return Row(subject, layers, form, *closeness(run(changed), expected))
 
     for name in forms:
         for group in groups:

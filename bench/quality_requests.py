@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanrt.bench.pictures import psnr, ssim
+from wanrt.bench.pictures import closeness, psnr, ssim
 from wanrt.config import Precision
 from wanrt.nano.language import Scene, held_out_prompts
 from wanrt.nano.scorer import agreement, score
@@ -110,9 +110,9 @@ def _right(scene: Scene, frames: np.ndarray) -> bool:
 def _note(
     seen: _Seen, latents: Tensor, expected: Tensor, made: np.ndarray, frames: np.ndarray
 ) -> None:
-    a, b = latents.flatten().double(), expected.flatten().double()
-    seen.cosine.append(torch.cosine_similarity(a, b, 0).item())
-    seen.error.append(((a - b).norm() / b.norm()).item())
+    near = closeness(latents, expected)
+    seen.cosine.append(near.cosine)
+    seen.error.append(near.error)
     x, y = torch.from_numpy(made), torch.from_numpy(frames)
     seen.psnr.append(psnr(x, y))
     seen.ssim.append(ssim(x, y))

@@ -188,3 +188,24 @@ def test_what_the_command_refuses(
         main(["quantize", source, *args, *rest])
     assert stop.value.code == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nan_in_what_is_taken_as_it_is(precision: EightBit, zoo: Any, tmp_path: Path) -> None:
+    """In a scale, and in an fp8 number; looked for once, when the weight is first read."""
+    write(zoo.path("nano"), tmp_path, precision)
+    path = next(tmp_path.glob("nano*"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    names = ["blocks.2.ffn.0.weight_scale"]
+    if precision == "fp8":
+        names.append("blocks.2.ffn.0.weight")
+    for name in names:
+        tensors = load_file(path)
+        whole = tensors[name].clone()
+        tensors[name].view(-1)[5] = float("nan")
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(FormatError, match=r"blocks\.2\.ffn\.0\.weight holds NaN"):
+            load_component(tmp_path, "dit", eight_bit=precision)
+        save_file(tensors | {name: whole}, path, metadata=metadata)
+    load_component(tmp_path, "dit", eight_bit=precision)

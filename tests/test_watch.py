@@ -158,3 +158,16 @@ def test_the_culprit_is_the_first_of_its_inputs() -> None:
     assert found is not None and (found.layer, found.saw) == ("1", "infinity")
     net[1].bias.data[0] = 0
     assert find_culprit(net, lambda: net(torch.ones(1, 2))) is None
+
+
+def test_what_was_learned_outlives_the_module(zoo: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A transformer that is read again, as under a budget or after the other expert, is as safe."""
+    pipe = zoo.open("nano", precision="int8")
+    block = pipe.components.dit().blocks[1]
+    block.attend = broken(block.attend, 0, float("nan"))
+    expected = latents(pipe)
+    pipe.components.clear()
+    caplog.clear()
+    assert torch.equal(latents(pipe), expected) and not caplog.records
+    again = pipe.components.dit().blocks
+    assert all(block.attend is block.ops.attention for block in again)

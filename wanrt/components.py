@@ -129,6 +129,7 @@ class Components:
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
+    _notches: dict[str, int] = field(default_factory=dict)  # how often each became safer
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.spec)
@@ -154,6 +155,8 @@ class Components:
             changes = {} if beside else self.shelf.merges(own)
             module = self._get(name, "dit", self.dtypes.dit, changes)
             self._adapters[name] = Adapter(module, self.device)
+            for _ in range(self._notches.get(name, 0)):
+                safer(module)
         asked = self.shelf.uses(loras, expert)
         self._adapters[name].put_on((*own, *asked) if beside else asked)
         return self._loaded[name]
@@ -168,9 +171,12 @@ class Components:
         numbers end at 65504, becomes bf16; such a part is read again.
         """
         names = ("dit", "low_noise") if part == "dit" else ("vae",)
-        changed = [safer(self._loaded[n]) for n in names if part == "dit" and n in self._loaded]
-        if any(changed):
-            return next(filter(None, changed))
+        there = [name for name in names if part == "dit" and name in self._loaded]
+        changed = {name: said for name in there if (said := safer(self._loaded[name]))}
+        for name in changed:
+            self._notches[name] = self._notches.get(name, 0) + 1
+        if changed:
+            return next(iter(changed.values()))
         if getattr(self.dtypes, part) != torch.float16:
             return None
         self.dtypes = replace(self.dtypes, **{part: torch.bfloat16})

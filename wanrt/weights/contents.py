@@ -113,7 +113,9 @@ class Weights:
             plain = self.plain(name, torch.float32)
             found = quantize_weight(plain.to(device), form.dtype, form.rotated)
         elif name in self._unchecked:
-            _check_finite(self.checkpoint, self.sources[name], found.scale)
+            for numbers in (found.scale, found.values.bfloat16()):  # fp8 has a NaN of its own
+                _check_finite(self.checkpoint, self.sources[name], numbers)
+            self._unchecked.remove(name)
         return found
 
     def _read_packed(self, name: str) -> Tensor:

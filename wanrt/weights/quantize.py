@@ -56,7 +56,7 @@ def quantize_model(
     check_space(out, sum(source.num_bytes for source in sources.values()) - there)
     for name, source in sources.items():
         found = source.found
-        stem = {"umt5": "umt5", "vae": "vae", "clip": "clip"}.get(name, model_id)
+        stem = model_id if found.kind == "dit" else name
         stem += _NOISE[name] if name in _NOISE and parts.low_noise is not None else ""
         ending = f"-{precision}" if found.kind in ("dit", "umt5") else ""
         path = out / f"{stem}{ending}.safetensors"
