@@ -3,8 +3,10 @@
     reference   the specification, fp32 inside, as plain as it can be
     torch       PyTorch's own kernels: the CPU's fast path, and the fallback on every GPU
     triton      ours, for NVIDIA GPUs; in Triton's interpreter also for tests on a CPU
+    onnx        as standard ops of ONNX; what models have while they are exported, never chosen
 
-An op is a function of one name and signature in every backend that has it.
+An op is a function of one name and signature in every backend that has it. The eight-bit ones have
+no `onnx`: graphs are quantised after they are made.
 """
 
 import importlib
@@ -31,19 +33,20 @@ class Op(NamedTuple):
     torch: str
     triton: str | None = None
     reference: str = "reference"
+    onnx: str | None = None
 
 
 OPS = {
     op.name: op
     for op in (
-        Op("layer_norm", "torch_ops", "norm"),
-        Op("layer_norm_modulate", "torch_ops", "norm"),
+        Op("layer_norm", "torch_ops", "norm", onnx="onnx_ops"),
+        Op("layer_norm_modulate", "torch_ops", "norm", onnx="onnx_ops"),
         Op("layer_norm_modulate_quantize", "torch_quantize", "norm"),
-        Op("gated_residual", "torch_ops", "norm"),
-        Op("rms_norm", "torch_ops", "norm"),
-        Op("rms_norm_rope", "torch_ops", "norm"),
-        Op("gelu", "torch_ops"),
-        Op("attention", "torch_ops", "attention"),
+        Op("gated_residual", "torch_ops", "norm", onnx="onnx_ops"),
+        Op("rms_norm", "torch_ops", "norm", onnx="onnx_ops"),
+        Op("rms_norm_rope", "torch_ops", "norm", onnx="onnx_ops"),
+        Op("gelu", "torch_ops", onnx="onnx_ops"),
+        Op("attention", "torch_ops", "attention", onnx="onnx_ops"),
         Op("attention_int8", "torch_attention", "attention_int8"),
         Op("attention_int8_fp8", "torch_attention", "attention_int8"),
         Op("quantize", "torch_quantize", "quantize"),
@@ -93,6 +96,8 @@ def reason_against(op: str, backend: str, target: Target) -> str | None:
         return None
     if backend == "torch":
         return None if row.torch else "not written"
+    if backend == "onnx":
+        return None if row.onnx else "not written"
     if row.triton is None:
         return "not written; PyTorch does it"
     lacking = _triton_lacks(target)

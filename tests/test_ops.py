@@ -28,7 +28,7 @@ class Run(NamedTuple):
     dtype: torch.dtype
 
 
-def _runs(backends: tuple[str, ...] = ("torch", "triton")) -> list[Any]:
+def _runs(backends: tuple[str, ...] = ("torch", "triton", "onnx")) -> list[Any]:
     runs = [
         Run(case, backend, dtype)
         for case in SMALL.values()
@@ -91,7 +91,7 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 def test_backends_agree_on_the_signature(name: str) -> None:
     row = registry.OPS[name]
     expected = inspect.signature(registry.function(name, "reference")).parameters
-    for backend in ("torch", "triton") if row.triton else ("torch",):
+    for backend in (name for name in ("torch", "triton", "onnx") if getattr(row, name)):
         actual = inspect.signature(registry.function(name, backend)).parameters
         assert list(actual.items()) == list(expected.items()), backend
 

@@ -44,6 +44,11 @@ class DitSpec:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def t_per_token(self) -> bool:
+        """TI2V: what is known of a clip has t = 0, the rest the step's."""
+        return self.out_dim == 48
+
 
 @dataclass(frozen=True)
 class VaeSpec:

@@ -126,17 +126,29 @@ class Block(nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """x fp32 [B, L, D] -> the same; overwrites x where autograd is off."""
-        ops, row = self.ops, Modulation(self.modulation + time.e0, time.level).row
-        q, k, v = self.self_attn.project(
-            modulated(x, row, 0, self.eps, self.self_attn.inputs, ops), freqs
-        )
-        y = self.attend(q, k, v)
-        del q, k, v  # at real sizes these are gigabytes: each goes as soon as it was used
+        return self.post(x, self.attend(*self.pre(x, time, freqs)), time, kv, key_bias)
+
+    def pre(self, x: Tensor, time: TimeEmbedding, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the tokens attend to each other: q, k, v `[B, H, L, hd]`."""
+        row = Modulation(self.modulation + time.e0, time.level).row
+        y = modulated(x, row, 0, self.eps, self.self_attn.inputs, self.ops)
+        return self.self_attn.project(y, freqs)
+
+    def post(
+        self,
+        x: Tensor,
+        y: Tensor,
+        time: TimeEmbedding,
+        kv: CrossKV,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
+        """What comes after it: y `[B, H, L, hd]` is what they saw. See `forward`."""
+        row = Modulation(self.modulation + time.e0, time.level).row
         x = self.self_attn.add_to(x, y, row(2))
-        del y
+        del y  # at real sizes this is gigabytes
         x = self.cross_attn.add_to(x, self.norm3, kv, key_bias)
-        y = modulated(x, row, 3, self.eps, (self.ffn[0],), ops)
-        return self.ffn.add_to(x, y, row(5), ops)
+        y = modulated(x, row, 3, self.eps, (self.ffn[0],), self.ops)
+        return self.ffn.add_to(x, y, row(5), self.ops)
 
 
 class VaceBlock(Block):

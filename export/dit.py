@@ -1,0 +1,192 @@
+"""The transformer as graphs: a block cut at its self-attention, or whole, and what is around it.
+
+Every graph computes one sample. Tokens lie `[1, L, D]` and heads `[1, L, H, hd]`, so that `pre` and
+`post`, which treat each token by itself, may be given the tokens in parts of any length.
+
+    patch, vace_patch   latents or control -> tokens             text, image   features -> rows
+    time                sinusoid of t -> e, e0                   kv            rows -> keys, values
+    pre                 tokens -> q, k, v                        post          + attention -> tokens
+    block               pre, attention and post                  head          tokens -> velocity
+    before, after       the projections of a VACE block
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wanrt.config import DitSpec
+from wanrt.export.part import Axis, Multiple, Part, Value, cast
+from wanrt.kernels import registry
+from wanrt.models.dit import Block, TimeEmbedding, WanDiT
+from wanrt.models.layers import CrossAttention, CrossKV, Ops
+
+OPS = Ops(*(registry.function(name, "onnx") for name in Ops._fields))
+FP32 = torch.float32
+
+PART_TOKENS = 8192  # that `pre` and `post` are given at once
+MAX_TOKENS = 1 << 18  # of a clip; 1280x720 with 81 frames has 75600
+TOKENS = Axis("L", 4, 32760, MAX_TOKENS, trace=40)
+SOME_TOKENS = Axis("L", 4, PART_TOKENS, PART_TOKENS, trace=40)
+TEXT = Axis("n", 1, 512, 512, trace=24)
+LEVELS = Axis("levels", 1, 2, 16, trace=3)
+FRAMES, ROWS, COLUMNS = (
+    Axis(name, low, best, high, trace)
+    for name, low, best, high, trace in (
+        ("T", 1, 21, 64, 3),
+        ("rows", 1, 30, 256, 5),
+        ("columns", 1, 52, 256, 7),
+    )
+)
+
+
+def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
+    """Every graph of a transformer that has the ops of ONNX; `dtype` is that of its products.
+
+    Blocks are alike: those of the first stand for all.
+    """
+    spec, block = dit.spec, dit.blocks[0]
+    yield _simple("dit.patch", dit.patch_embedding, _latents("latents", spec.in_dim), "x", FP32)
+    yield _simple("dit.text", dit.text_embedding, _rows("context", dtype, TEXT, spec.text_dim))
+    levels = LEVELS if spec.t_per_token else 1
+    sinusoid = Value("sinusoid", FP32, (levels, spec.freq_dim))
+    yield _simple("dit.time", dit.time_embedding, sinusoid)
+    yield _simple("dit.time_projection", dit.time_projection, Value("e", FP32, (levels, spec.dim)))
+    if spec.image_dim is not None:
+        tokens = spec.image_pos_tokens or 257
+        yield _simple("dit.image", dit.img_emb, _rows("image", dtype, tokens, spec.image_dim))
+    yield _keys_and_values(spec, block.cross_attn, dtype)
+    yield _pre(spec, block)
+    yield _post(spec, block, dtype)
+    yield _whole(spec, block, dtype)
+    yield _head(spec, dit.head)
+    if spec.vace_layers:
+        control = _latents("latents", spec.vace_in_dim)
+        yield _simple("dit.vace_patch", dit.vace_patch_embedding, control)
+        side, x = dit.vace_blocks[0], _rows("x", FP32, SOME_TOKENS, spec.dim)
+        yield _simple("dit.before", side.before_proj, x)
+        yield _simple("dit.after", side.after_proj, x)
+
+
+def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:
+    """A transformer of a spec on the meta device, with the ops of ONNX and the runtime's dtypes."""
+    with torch.device("meta"):
+        return cast(WanDiT(spec, OPS), dtype)
+
+
+def _simple(
+    name: str,
+    module: nn.Module,
+    value: Value,
+    output: str = "y",
+    dtype: torch.dtype | None = None,
+) -> Part:
+    """A module of one input; its result in `dtype`, if that is given."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        y = module(x)
+        return y if dtype is None else y.to(dtype)
+
+    return Part(name, module, call, (value,), (output,))
+
+
+def _keys_and_values(spec: DitSpec, attention: CrossAttention, dtype: torch.dtype) -> Part:
+    inputs, outputs = (_rows("context", dtype, TEXT, spec.dim),), ("k", "v")
+    if spec.image_dim is not None:
+        inputs += (_rows("image", dtype, spec.image_pos_tokens or 257, spec.dim),)
+        outputs += ("k_image", "v_image")
+
+    def call(attention: CrossAttention, context: Tensor, image: Tensor | None = None) -> object:
+        return tuple(x for x in attention.prepare(context, image) if x is not None)
+
+    return Part("dit.kv", attention, call, inputs, outputs)
+
+
+def _pre(spec: DitSpec, block: Block) -> Part:
+    def call(
+        block: Block, x: Tensor, e0: Tensor, freqs: Tensor, level: Tensor | None = None
+    ) -> object:
+        return tuple(y.transpose(1, 2) for y in block.pre(x, TimeEmbedding(e0, e0, level), freqs))
+
+    axis = SOME_TOKENS
+    inputs = (_rows("x", FP32, axis, spec.dim), _modulation(spec), _freqs(spec, axis))
+    return Part("dit.pre", block, call, inputs + _level(spec, axis), ("q", "k", "v"))
+
+
+def _post(spec: DitSpec, block: Block, dtype: torch.dtype) -> Part:
+    def call(block: Block, x: Tensor, y: Tensor, e0: Tensor, *rest: Tensor) -> Tensor:
+        given = _conditions(spec, rest)
+        return block.post(x, y.transpose(1, 2), TimeEmbedding(e0, e0, given.level), *given.text)
+
+    axis = SOME_TOKENS
+    y = Value("y", dtype, (1, axis, spec.num_heads, spec.head_dim))
+    inputs = (_rows("x", FP32, axis, spec.dim), y, _modulation(spec))
+    return Part("dit.post", block, call, inputs + _text(spec, dtype) + _level(spec, axis), ("out",))
+
+
+def _whole(spec: DitSpec, block: Block, dtype: torch.dtype) -> Part:
+    def call(block: Block, x: Tensor, e0: Tensor, freqs: Tensor, *rest: Tensor) -> Tensor:
+        given = _conditions(spec, rest)
+        return block(x, TimeEmbedding(e0, e0, given.level), freqs, *given.text)
+
+    inputs = (_rows("x", FP32, TOKENS, spec.dim), _modulation(spec), _freqs(spec, TOKENS))
+    rest = _text(spec, dtype) + _level(spec, TOKENS)
+    return Part("dit.block", block, call, inputs + rest, ("out",))
+
+
+def _head(spec: DitSpec, head: nn.Module) -> Part:
+    def call(head: nn.Module, x: Tensor, e: Tensor, level: Tensor | None = None) -> Tensor:
+        return head(x, TimeEmbedding(e, e, level))
+
+    e = Value("e", FP32, (LEVELS if spec.t_per_token else 1, 1, spec.dim))
+    inputs = (_rows("x", FP32, SOME_TOKENS, spec.dim), e, *_level(spec, SOME_TOKENS))
+    return Part("dit.head", head, call, inputs, ("patches",))
+
+
+class _Conditions(NamedTuple):
+    """What `post` and `block` are given beside the tokens."""
+
+    text: tuple[CrossKV, Tensor]  # and its key bias
+    level: Tensor | None
+
+
+def _conditions(spec: DitSpec, rest: tuple[Tensor, ...]) -> _Conditions:
+    """From the inputs of `_text` and `_level`."""
+    k, v, key_bias, *more = rest
+    images = 0 if spec.image_dim is None else 2
+    return _Conditions((CrossKV(k, v, *more[:images]), key_bias), next(iter(more[images:]), None))
+
+
+def _text(spec: DitSpec, dtype: torch.dtype) -> tuple[Value, ...]:
+    """Keys and values of the conditions; the key bias is zero where a row counts once."""
+    heads, width = spec.num_heads, spec.head_dim
+    values = [Value(name, dtype, (1, heads, TEXT, width)) for name in ("k", "v")]
+    values.append(Value("key_bias", FP32, (1, TEXT)))
+    if spec.image_dim is not None:
+        tokens = spec.image_pos_tokens or 257
+        shape = (1, heads, tokens, width)
+        values += [Value(name, dtype, shape) for name in ("k_image", "v_image")]
+    return tuple(values)
+
+
+def _level(spec: DitSpec, axis: Axis) -> tuple[Value, ...]:
+    """Which level of t each token has, where they differ."""
+    return (Value("level", torch.int64, (1, axis)),) if spec.t_per_token else ()
+
+
+def _modulation(spec: DitSpec) -> Value:
+    return Value("e0", FP32, (LEVELS if spec.t_per_token else 1, 6, spec.dim))
+
+
+def _freqs(spec: DitSpec, axis: Axis) -> Value:
+    return Value("freqs", FP32, (axis, spec.head_dim // 2, 2))
+
+
+def _rows(name: str, dtype: torch.dtype, length: int | Axis, width: int) -> Value:
+    return Value(name, dtype, (1, length, width))
+
+
+def _latents(name: str, channels: int) -> Value:
+    size = (FRAMES, Multiple(ROWS, 2), Multiple(COLUMNS, 2))
+    return Value(name, FP32, (1, channels, *size))

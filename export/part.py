@@ -1,0 +1,87 @@
+"""Parts: the pieces of a model that become one graph each, and the sizes that they may have."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size that a graph leaves open; `opt` is what an engine is built to be fastest at.
+
+    `trace` is a size that it has while it is traced: any that is legal, small, and not 0 or 1.
+    """
+
+    name: str
+    min: int
+    opt: int
+    max: int
+    trace: int
+
+    def __post_init__(self) -> None:
+        assert self.min <= self.opt <= self.max and self.trace > 1, f"{self=}"
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A size that is `factor` times an open one, plus `offset`."""
+
+    axis: Axis
+    factor: int
+    offset: int = 0
+
+
+Size = int | Axis | Multiple
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph that is no weight."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Size, ...]
+
+    def at(self, pick: Callable[[Axis], int]) -> tuple[int, ...]:
+        """Its shape where every open size is what `pick` says."""
+
+        def number(size: Size) -> int:
+            if isinstance(size, Multiple):
+                return size.factor * pick(size.axis) + size.offset
+            return pick(size) if isinstance(size, Axis) else size
+
+        return tuple(number(size) for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`function(module, *inputs)` gives the outputs; the weights of `module` are inputs as well.
+
+    `module` may be on the meta device: only the shapes and dtypes of its weights count. Its ops are
+    the ones of ONNX. Weights have the names that they have in it, below `prefix`; those that the
+    function does not use are left out.
+    """
+
+    name: str
+    module: nn.Module
+    function: Callable[..., Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[str, ...]
+    prefix: str = ""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by the names of the graph's inputs."""
+        named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {self.prefix + name: tensor for name, tensor in named.items()}
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the weights of an empty module the dtypes that the loader would; in place."""
+    fp32 = re.compile("|".join(module.FP32_NAMES) or r"(?!)")
+    for name, weight in module.named_parameters():
+        weight.data = weight.data.to(torch.float32 if fp32.search(name) else dtype)
+    return module
