@@ -176,11 +176,10 @@ def _write_graphs(order: Order, wanted: Wanted, work: Path) -> Iterator[Graph]:
     part = wanted.part
     indices = range(len(part.homes)) if order.embed else [None]
     folder = work / "onnx"
-    paths = {
-        i: work / "onnx" / f"{part.name if i is None else part.name_at(i)}.onnx" for i in indices
-    }
+    names = {i: part.name if i is None else part.name_at(i) for i in indices}
     model: ir.Model | None = None
-    for i, path in paths.items():
+    for i, name in names.items():
+        path = folder / f"{name}.onnx"
         if not path.exists():
             model = model or _trace(wanted)
             held = model if i is None else onnx.embed(model, _weights_of(order, wanted, model, i))
