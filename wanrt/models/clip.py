@@ -95,9 +95,13 @@ class ClipVision(nn.Module):
         """Preprocessed pixels [B, 3, 224, 224] -> tokens [B, 257, D], the class token first."""
         size = self.spec.image_size
         assert pixels.shape[1:] == (3, size, size), f"{pixels.shape=} {size=}"
+        return self.transformer(self.embed(pixels))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What the first block takes, [B, 257, D]."""
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, 256, D]
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], dim=1) + self.pos_embedding
-        return self.transformer(self.pre_norm(x))
+        return self.pre_norm(x)
 
     def visits(self) -> tuple[list[Visit]]:
         """The blocks, as a pass comes to them."""
