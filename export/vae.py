@@ -97,9 +97,7 @@ def _part(vae: WanVAE, run: _Run, dtype: torch.dtype) -> Part:
     return Part(run.name, vae, call, inputs, names, ("",))
 
 
-def _through(
-    vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk
-) -> Tensor:
+def _through(vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk) -> Tensor:
     """The layers, with what comes before the first and after the last of all."""
     if run.begins:
         x = vae.latents_to_decoder(x, walk) if run.decodes else vae.pixels_to_encoder(x)
