@@ -68,6 +68,10 @@ def gelu(x: Tensor, approximate: str = "tanh", out: Tensor | None = None) -> Ten
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """See `reference.attention`; the bias is rounded to q's dtype, which is what the op takes."""
-    bias = None if bias is None else bias.to(q.dtype)
+    """See `reference.attention`; the bias is rounded to q's dtype, which is what the op takes.
+
+    NOTE: it is written out for every query: ONNX Runtime 1.31's op does not broadcast it.
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
