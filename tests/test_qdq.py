@@ -110,7 +110,7 @@ def product(inner: int, outer: int, dtype: torch.dtype, rank: int = 3) -> Part:
     with torch.device("meta"):
         linear = Linear(inner, outer).to(dtype)
     x = Value("x", dtype, (1, ROWS, inner)[3 - rank :])
-    return Part("linear", linear, lambda linear, x: linear(x), (x,), ("y",))
+    return Part("linear", linear, lambda linear, x: linear(x), (x,), ("y",), ("",))
 
 
 def rows_of(inner: int) -> Tensor:
