@@ -13,19 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import BudgetError
 from wanrt.kernels import registry
-from wanrt.memory.budget import GIB
+from wanrt.memory.budget import GIB, HOST_FIXED
 from wanrt.memory.dit_bytes import (
     FORMATS,
     Tokens,
     activation_bytes,
+    attention_extra,
     count_tokens,
     dit_weights,
     latent_bytes,
 )
 from wanrt.memory.measure import LiveBytes
-from wanrt.memory.phases import attention_extra, decode_options
+from wanrt.memory.phases import decode_options
 from wanrt.memory.placement import TYPICAL, Ask
-from wanrt.memory.plan import HOST_FIXED, make_plan
+from wanrt.memory.plan import make_plan, plan_for_any_text
+from wanrt.memory.question import Question
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
 from wanrt.memory.vae_costs import vae_weights
 from wanrt.models.dit import Block, CrossKV, TextCache, TimeEmbedding, WanDiT
@@ -199,6 +201,19 @@ def test_a_traced_step_peaks_where_the_plan_says(
     assert planned <= measured * (1 + SHARE)
 
 
+def failing(error: BudgetError) -> str:
+    """The phase that does not fit."""
+    return str(error).partition(" (")[2].partition(")")[0]
+
+
+def failing_with(question: Question, budget: int) -> str | None:
+    try:
+        make_plan(question, budget)
+    except BudgetError as error:
+        return failing(error)
+    return None
+
+
 BARS = [  # model, size, precision, GB at most: what the released models must fit
     ("wan2.1-t2v-1.3b", (832, 480), "bf16", 4.0),
     ("wan2.1-t2v-14b", (832, 480), "int8", 6.0),
@@ -212,12 +227,14 @@ BARS = [  # model, size, precision, GB at most: what the released models must fi
 def test_released_models_fit_small_cards(
     model: str, size: tuple[int, int], precision: str, gigabytes: float
 ) -> None:
-    plan = make_plan(MODELS[model], Ask(*size, 81), precision, int(gigabytes * 1e9), 32 * GIB)
-    assert plan.peak <= gigabytes * 1e9
+    question = Question(MODELS[model], Ask(*size, 81), precision, 32 * GIB)
+    plan = plan_for_any_text(question, int(gigabytes * 1e9))
+    assert plan.peak <= gigabytes * 1e9 and plan.ask.text_rows >= 256
 
 
 def test_the_1_3b_stays_whole_in_5_gb() -> None:
-    plan = make_plan(MODELS["wan2.1-t2v-1.3b"], Ask(832, 480, 81), "bf16", int(5e9), 32 * GIB)
+    question = Question(MODELS["wan2.1-t2v-1.3b"], Ask(832, 480, 81), "bf16", 32 * GIB)
+    plan = make_plan(question, int(5e9))
     assert plan.placement("step").slots == 0
 
 
@@ -246,21 +263,27 @@ def test_a_plan_fits_or_says_what_would(
     precision: str, guided: bool,
 ) -> None:  # fmt: skip
     spec, ask = MODELS[model], Ask(32 * width, 32 * height, 4 * frames + 1, guided, image=True)
+    question = Question(spec, ask, precision, ram * GIB)
     try:
-        plan = make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+        plan = make_plan(question, budget * GIB)
     except BudgetError as error:
         vram = re.search(r"--vram ([0-9.]+)G", str(error))
         assert vram, str(error)
         enough = int(float(vram[1]) * GIB)
         assert enough > budget * GIB
-        assert make_plan(spec, ask, precision, enough, ram * GIB).peak <= enough
+        assert make_plan(question, enough).peak <= enough
         shorter = re.search(r"--frames ([0-9]+)", str(error))
         if shorter:
             ask = replace(ask, num_frames=int(shorter[1]))
-            assert make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+            assert make_plan(replace(question, ask=ask), budget * GIB)
+        more = re.search(r"--ram ([0-9.]+)G", str(error))
+        if more:
+            enough = int(float(more[1]) * GIB)
+            assert enough > ram * GIB
+            assert failing(error) != failing_with(replace(question, ram=enough), budget * GIB)
         return
     assert plan.peak <= budget * GIB
-    assert plan.pinned <= max(0, ram * GIB - HOST_FIXED)
+    assert plan.host <= max(0, ram * GIB - HOST_FIXED)
     step = plan.placement("step")
     assert len(step.resident()) == step.num_resident
     assert (step.slots == 0) == (step.num_resident == step.num_blocks)

@@ -1,9 +1,10 @@
 """The parts of a loaded model: each is read when it is first needed and let go when it is not."""
 
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,25 +18,28 @@ from wanrt.guidance import Expert
 from wanrt.kernels import registry
 from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
+from wanrt.memory import host
+from wanrt.memory.dit_bytes import plain_precision
+from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
 from wanrt.memory.prompt_cache import PromptCache
+from wanrt.memory.question import Lessons
 from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
-from wanrt.weights.gguf_vocabulary import read_vocabulary
-from wanrt.weights.load import load_component, read_spiece
+from wanrt.weights.load import load_component
 from wanrt.weights.names import Kind
+from wanrt.weights.packed import packed_weights
 from wanrt.weights.parts import Parts
+from wanrt.weights.vocabulary import read_tokenizer
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
-_UNTOLD_MEMORY = 8 << 30  # taken where the system does not say (Windows)
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
 
@@ -66,7 +70,7 @@ def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> 
 
     fp8 files are widened where the device does not multiply fp8.
     """
-    plain = "fp32" if dit.num_params <= _SMALL_PARAMS else "bf16"
+    plain = plain_precision(dit.num_params)
     if precision == "auto":
         precision = plain
         if dit.precision == "int8":
@@ -100,12 +104,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of the device, or of the machine."""
+    """All memory of the device, or what the process may have of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return _UNTOLD_MEMORY
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host.total_bytes()
 
 
 def streams(placement: Placement | None) -> bool:
@@ -126,10 +128,12 @@ class Components:
     report: Report
     plan: Plan | None = None  # of the request under way; None: everything stays on the device
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
+    lessons: Lessons = field(default_factory=Lessons)  # of all refusals so far
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
     _notches: dict[str, int] = field(default_factory=dict)  # how often each became safer
+    _tokenizers: dict[Path | None, Tokenizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.spec)
@@ -144,6 +148,16 @@ class Components:
         for name in list(self._loaded):
             if self._placed[name] != self._placement(name):
                 self._drop(name)
+
+    def learn(self, lessons: Lessons) -> None:
+        """Plans made from now on keep to this, too."""
+        self.lessons = self.lessons.merged(lessons)
+
+    @cached_property
+    def packed(self) -> PackedWeights | None:
+        """Of transformers that GGUF files pack, where they stay so; reads headers."""
+        files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
+        return None if self.dtypes.eight_bit else packed_weights(files, self.dtypes.dit)
 
     def dit(self, expert: Expert = "high", loras: tuple[Lora, ...] = ()) -> nn.Module:
         """The transformer with a request's LoRAs; of two experts the one asked for, alone."""
@@ -197,21 +211,16 @@ class Components:
         return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
-        """From its own file, or from the text encoder's, where ComfyUI and llama.cpp embed it."""
-        if self.parts.tokenizer is not None:
-            return Tokenizer.load(self.parts.tokenizer)
-        self.parts.require("umt5")
-        vocabulary = read_vocabulary(self.parts.umt5)
-        if vocabulary is not None:
-            return Tokenizer.from_model(vocabulary, str(self.parts.umt5))
-        spiece = read_spiece(self.parts.umt5)
-        if spiece is None:
-            raise FormatError(
-                self.parts.umt5,
-                "comes without a tokenizer",
-                "put the model's tokenizer.json or spiece.model beside it",
-            )
-        return Tokenizer.from_spiece(spiece)
+        """Of this text encoder, read once: it is not among the parts that make room for others."""
+        source = self.parts.tokenizer or self.parts.umt5
+        if source not in self._tokenizers:
+            self._tokenizers = {source: read_tokenizer(self.parts)}
+        return self._tokenizers[source]
+
+    def lora_bytes(self, loras: tuple[Lora, ...] = ()) -> int:
+        """What the model's LoRAs and a request's keep on the device, at most."""
+        every = (*self.loras, *loras)
+        return self.shelf.num_bytes(every, self.dtypes.dit.itemsize) if every else 0
 
     def require(self, task: Task, *, text: bool, decode: bool) -> None:
         """Raises FormatError for the first part that a request needs and the model lacks."""

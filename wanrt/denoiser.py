@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from wanrt.budgeted import within_memory
 from wanrt.components import Components
 from wanrt.conditions import Conditions
 from wanrt.config import Lora
 from wanrt.errors import NumericsError
 from wanrt.guidance import Expert
-from wanrt.planning import within_memory
 from wanrt.watch import find_culprit, healthy
 
 log = logging.getLogger("wanrt")
