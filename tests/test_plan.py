@@ -24,6 +24,7 @@ from wanrt.memory.dit_bytes import (
     latent_bytes,
 )
 from wanrt.memory.measure import LiveBytes
+from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.phases import decode_options
 from wanrt.memory.placement import TYPICAL, Ask
 from wanrt.memory.plan import make_plan, plan_for_any_text
@@ -33,7 +34,10 @@ from wanrt.memory.vae_costs import vae_weights
 from wanrt.models.dit import Block, CrossKV, TextCache, TimeEmbedding, WanDiT
 from wanrt.models.eight_bit import make_eight_bit, policy_formats
 from wanrt.models.layers import Chosen, Ops
+from wanrt.models.packed import packed
 from wanrt.models.quantized import EightBitOps, Products, QuantizedLinear, Quantizers
+from wanrt.quant.gguf_blocks import FORMATS as BLOCKS
+from wanrt.quant.gguf_blocks import BlockFormat
 from wanrt.quant.policy import ATTENTION, EightBit
 from wanrt.weights.load import skeleton
 
@@ -123,7 +127,7 @@ def use_backend(dit: WanDiT, precision: EightBit, backend: str) -> None:
 @torch.inference_mode()
 def traced_step(
     spec: WanSpec, tokens: Tokens, size: tuple[int, int, int], dtype: torch.dtype,
-    backend: str, branches: int, precision: EightBit | None = None
+    backend: str, branches: int, precision: EightBit | None = None, form: BlockFormat | None = None
 ) -> int:  # fmt: skip
     """Peak bytes of a forward pass of some blocks at real sizes, in fake tensors."""
     d, text = spec.dit, []
@@ -131,6 +135,9 @@ def traced_step(
         dit = WanDiT(d, ops_of(backend))
         if precision is not None:
             use_backend(dit, precision, backend)
+        for name, part in list(dit.blocks.named_modules()):
+            if form is not None and isinstance(part, nn.Linear):
+                dit.blocks.set_submodule(name, packed(part, form, dtype))
         fill(dit, dtype)
         rows = torch.empty(1, d.num_heads, tokens.text, d.head_dim, dtype=dtype)
         image = torch.empty(1, d.num_heads, tokens.image, d.head_dim, dtype=dtype)
@@ -177,6 +184,22 @@ def test_a_traced_eight_bit_step_peaks_where_the_plan_says(
     planned = activation_bytes(spec.dit, tokens, 2, 1, fused, extra)
     assert measured <= planned + latent_bytes(spec.dit, tokens)
     assert planned <= measured * (1 + SHARE)
+
+
+@pytest.mark.parametrize("width,height", [(832, 480), (256, 256)])
+def test_a_traced_step_of_packed_blocks_peaks_where_the_plan_says(width: int, height: int) -> None:
+    """Beside the tokens, the matrices that are unpacked: of a long feed-forward both at once."""
+    spec = MODELS["wan2.1-t2v-1.3b"]
+    spec = replace(spec, dit=replace(spec.dit, num_layers=1))
+    tokens = count_tokens(spec, width, height, 81, text=60)
+    size = (21, height // 8, width // 8)
+    form = next(one for one in BLOCKS.values() if one.name == "Q4_K")
+    measured = traced_step(spec, tokens, size, torch.bfloat16, "triton", 1, form=form)
+    weights = PackedWeights((), 0, 0, matrices=True, table=0)
+    planned = activation_bytes(spec.dit, tokens, 2, 1, fused=True, packed=weights)
+    assert measured <= planned + latent_bytes(spec.dit, tokens)
+    assert planned <= measured * (1 + SHARE) + weights.scratch
+    assert planned > activation_bytes(spec.dit, tokens, 2, 1, fused=True)
 
 
 @pytest.mark.parametrize("branches", [1, 2])

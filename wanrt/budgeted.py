@@ -74,9 +74,9 @@ def plan_request(
 def _too_long(plan: Plan, rows: int) -> str:
     whole = replace(plan.question, ask=replace(plan.ask, text_rows=rows)).least()
     return (
-        f"the prompt has {rows} tokens; beside {plan.ask.width}x{plan.ask.height}, "
+        f"prompt and negative have up to {rows} tokens; beside {plan.ask.width}x{plan.ask.height}, "
         f"{plan.ask.num_frames} frames, {gib(plan.budget or 0)} leave room for "
-        f"{plan.ask.text_rows}; what would do: a shorter prompt, or --vram {enough(whole)}"
+        f"{plan.ask.text_rows}; what would do: shorter texts, or --vram {enough(whole)}"
     )
 
 

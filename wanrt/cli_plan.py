@@ -157,7 +157,7 @@ def summary(plan: Plan) -> list[str]:
             f" itself, of {gib(ram)}"
         )
     if plan.ask.text_rows < plan.question.spec.dit.text_len:
-        lines.append(f"text: {plan.ask.text_rows} tokens at most; a longer one does not fit")
+        lines.append(f"text: {plan.ask.text_rows} tokens at most, prompt and negative alike")
     if step.slots:
         lines.append(
             f"transformer: {step.num_resident} of {step.num_blocks} blocks stay, the others pass"
