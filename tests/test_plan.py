@@ -231,10 +231,20 @@ def failing(error: BudgetError) -> str:
 
 def failing_with(question: Question, budget: int) -> str | None:
     try:
-        make_plan(question, budget)
+        plan_for_any_text(question, budget)
     except BudgetError as error:
         return failing(error)
     return None
+
+
+def test_host_memory_that_is_too_little_is_named() -> None:
+    question = Question(MODELS["wan2.1-i2v-14b-720p"], Ask(1280, 720, 81), "bf16", 3 * GIB)
+    with pytest.raises(BudgetError, match=r"beside 3.00 GiB of host memory \(step\)") as error:
+        plan_for_any_text(question, 8 * GIB)
+    enough = re.search(r"--ram ([0-9.]+)G", str(error.value))
+    assert enough
+    plan = plan_for_any_text(replace(question, ram=int(float(enough[1]) * GIB)), 8 * GIB)
+    assert plan.placement("step").num_pinned == 0 and plan.host > GIB
 
 
 BARS = [  # model, size, precision, GB at most: what the released models must fit

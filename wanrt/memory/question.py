@@ -120,12 +120,13 @@ class Question:
         return f"{text} ({phase}); what would: {' or '.join(remedies)}"
 
     def _enough_ram(self, budget: int, phase: str) -> int | None:
-        """Host memory with which the phase would fit; None where more of it does not help."""
-        if self.ram is None:
+        """Host memory with which some text would fit; None where more of it does not help."""
+        if self.room is None:
             return None
-        options = replace(self, ram=HOST_FIXED)._every[phase]  # no block waits in memory
+        short = replace(self, ram=HOST_FIXED, ask=replace(self.ask, text_rows=1))
+        options = short._every[phase]  # no block waits in memory
         hosts = [o.phase.host for o in options if o.phase.peak <= budget - self.machine.fixed]
-        return HOST_FIXED + min(hosts) if hosts else None
+        return HOST_FIXED + min(hosts) if hosts and min(hosts) > self.room else None
 
 
 def _preference(option: Option) -> tuple[float, int]:
