@@ -60,6 +60,7 @@ LINES = {
             "wanrt.components",
             "wanrt.conditions",
             "wanrt.denoiser",
+            "wanrt.identity",
             "wanrt.loras",
             "wanrt.planning",
             "wanrt.presets",

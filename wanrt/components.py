@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from wanrt import env
 from wanrt.adapter import Adapter
-from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
-from wanrt.errors import FormatError, UsageError
+from wanrt.config import Lora, Precision, Task, WanSpec
+from wanrt.errors import UsageError
 from wanrt.guidance import Expert
+from wanrt.identity import check_fit, identify
 from wanrt.kernels import registry
 from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
@@ -290,60 +291,6 @@ class Components:
         return self._loaded[name]
 
 
-def identify(dit: Detected, has_low: bool, name: str) -> WanSpec:
-    """The released model that a transformer's shape and its folder's name stand for.
-
-    Several models share one shape: two experts tell A14B, the size in the name the 480P and 720P
-    forms. An unknown shape gets the defaults of the released model of its kind.
-    """
-    lowered = name.lower()
-    same = [s for s in MODELS.values() if s.dit == dit.spec and (s.boundary is not None) == has_low]
-    for spec in same:
-        if spec.title.lower() in lowered or spec.id in lowered:
-            return spec
-    if same:
-        return same[0]
-    return custom_spec(dit, has_low)
-
-
-def custom_spec(dit: Detected, has_low: bool) -> WanSpec:
-    """A model of its own shape: the task from its inputs, the defaults of the nearest release."""
-    d = dit.spec
-    if d.vace_layers:
-        like = MODELS["wan2.1-vace-1.3b"]
-    elif d.image_pos_tokens:
-        like = MODELS["wan2.1-flf2v-14b-720p"]
-    elif d.in_dim > d.out_dim:
-        like = MODELS["wan2.2-i2v-a14b" if d.image_dim is None else "wan2.1-i2v-14b-480p"]
-    elif d.out_dim == 48:
-        like = MODELS["wan2.2-ti2v-5b"]
-    else:
-        like = MODELS["wan2.2-t2v-a14b" if has_low else "wan2.1-t2v-1.3b"]
-    boundary = like.boundary if has_low else None
-    defaults: Defaults = like.defaults
-    return WanSpec(
-        "custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary
-    )
-
-
-def _check_fit(parts: Parts) -> None:
-    """Raises FormatError where a part is another model's: its width is not the transformer's."""
-    dit = parts.found["dit"]
-    widths = {
-        "vae": ("latent channels", lambda spec: spec.z_dim, dit.spec.out_dim),
-        "umt5": ("text features", lambda spec: spec.dim, dit.spec.text_dim),
-        "clip": ("image features", lambda spec: spec.dim, dit.spec.image_dim),
-    }
-    for name, (what, width, wanted) in widths.items():
-        found = parts.found.get(name)
-        if found is not None and wanted is not None and width(found.spec) != wanted:
-            reason = f"this is {found} with {width(found.spec)} {what}; {dit.title} takes {wanted}"
-            raise FormatError(found.path, reason)
-    low = parts.found.get("low_noise")
-    if low is not None and low.spec != dit.spec:
-        raise FormatError(low.path, f"this is {low}; the other expert is {dit.title}")
-
-
 def open_parts(
     parts: Parts,
     name: str,
@@ -355,7 +302,7 @@ def open_parts(
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     parts.require("dit")
     dit = parts.found["dit"]
-    _check_fit(parts)
+    check_fit(parts)
     spec = identify(dit, parts.low_noise is not None, name)
     own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
     spec = replace(spec, **own)

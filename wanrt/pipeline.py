@@ -24,7 +24,7 @@ from wanrt.conditions import (
     prepare_inputs,
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
-from wanrt.denoiser import Denoiser
+from wanrt.denoiser import Denoiser, schedule_of
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.media.image import to_uint8
@@ -281,7 +281,7 @@ class Pipeline:
     ) -> Tensor:
         """Noise to latents: the loop over the schedule, `[1, C, T, h, w]` fp32."""
         request, conditions, spec = run.request, run.conditions, self.spec
-        timesteps, sigmas = self._schedule(request)
+        timesteps, sigmas = schedule_of(request)
         solver = sampler.make_solver(request.solver, sigmas)
         x = self._start(request, conditions, latents)
         self._follow(run)
@@ -303,13 +303,6 @@ class Pipeline:
         if run.plan is not None:
             run.plan = relearned(run.plan, self.components.lessons)
             self.components.follow(run.plan)
-
-    def _schedule(self, request: Request) -> sampler.Schedule:
-        if request.distilled:
-            count = request.num_steps
-            steps = [round(1000 * (1 - i / count)) for i in range(count)]
-            return sampler.distilled_schedule(steps, request.flow_shift)
-        return sampler.schedule(request.solver, request.num_steps, request.flow_shift)
 
     def _start(self, request: Request, conditions: Conditions, given: Tensor | None) -> Tensor:
         """What is given, or the seed's fp32 noise, drawn on the CPU or on CUDA (the reference)."""
