@@ -171,14 +171,9 @@ def find_watermark(
             broken.append(error)
 
     found = watermark_detect.detect(frames(), _bound(manifest))
-    layer = WatermarkLayer(
-        found.detected,
-        _digits(found.identifier),
-        found.score,
-        found.false_positive_probability,
-        num_frames=count,
-        other=_digits(found.other),
-    )
+    chance, ids = found.false_positive_probability, (found.identifier, found.other)
+    read, other = (None if one is None else f"{one:08x}" for one in ids)
+    layer = WatermarkLayer(found.detected, read, found.score, chance, num_frames=count, other=other)
     return layer, broken[0] if broken else None
 
 
@@ -188,10 +183,6 @@ def _bound(manifest: Manifest) -> int | None:
     if named is None or named.algorithm != watermark.NAME or not manifest.unchanged:
         return None
     return int(named.id, 16) if re.fullmatch("[0-9a-f]{8}", named.id) else None
-
-
-def _digits(identifier: int | None) -> str | None:
-    return None if identifier is None else f"{identifier:08x}"
 
 
 def _pixels(path: Path) -> Iterator[np.ndarray]:

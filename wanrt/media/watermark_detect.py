@@ -12,7 +12,7 @@ from wanrt.media.watermark_evidence import Evidence, correlation
 from wanrt.media.watermark_key import GRIDS, key
 
 MAX_FALSE_POSITIVE = 1e-6
-_LEAST = 1 / 3  # of the score read: identifiers are alike by so much once in 10,000 or so
+_LEAST = 1 / 3  # of the score read: two identifiers are so alike once in 20,000 times
 ATTEMPTS = len(GRIDS) * (2 + CANDIDATES)  # as it is, mirrored, crops: what `judge` reads at most
 
 
