@@ -18,7 +18,6 @@ from wanrt.bench.watermark_clips import LARGE, Subject, clouds, subjects
 from wanrt.bench.watermark_report import Clip, FalseAlarms, Result, Row, Speed, markdown
 from wanrt.errors import UsageError
 from wanrt.media.watermark import Watermark
-from wanrt.media.watermark_align import read, straight
 from wanrt.media.watermark_code import MESSAGE_BITS, best_path, message_bits
 from wanrt.media.watermark_detect import judge, soft_bits
 from wanrt.media.watermark_evidence import Evidence, correlation
@@ -100,7 +99,7 @@ def _evidence(frames: Iterable[np.ndarray]) -> Evidence:
 
 def _bits(evidence: Evidence, grid: int) -> float:
     """The share of right bits, read as if nothing had been cropped or mirrored."""
-    path = best_path(soft_bits(evidence.map(grid), straight(False)))
+    path = best_path(soft_bits(evidence.chips(grid)))
     return float((path == message_bits(IDENTIFIER)).sum() / MESSAGE_BITS)
 
 
@@ -114,8 +113,8 @@ def false_alarms(chosen: list[Subject], crops: int) -> FalseAlarms:
             evidence = _evidence(_random_crop(frames, rng))
             found = judge(evidence)
             grid = grid_for(*frames.shape[1:3])
-            chips = read(evidence.map(grid), straight(False))
-            correlations.append(correlation(chips, key(grid).chips(IDENTIFIER)))
+            signs = key(grid).data_chips(IDENTIFIER)
+            correlations.append(correlation(evidence.chips(grid), signs))
             detected += found.detected
             highest = max(highest, found.score)
     # Clopper-Pearson: exact for none, and the Poisson mean with a chance of 5 % for at most k.

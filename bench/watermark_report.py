@@ -42,7 +42,7 @@ class FalseAlarms:
     crops: int
     detected: int
     limit: float
-    highest_score: float  # of the chips known beforehand, wherever it was looked for
+    highest_score: float  # of an identifier whose checksum held, wherever it was looked for
     mean: float  # of the correlation with one identifier's pattern, not cropped; 0 in theory
     deviation: float  # likewise; 1 in theory
 

@@ -193,6 +193,51 @@ def test_a_manifest_of_another_clip_contradicts(folder: Path, tmp_path: Path) ->
     assert "bound to watermark 00000000" in found.reasons[0]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_the_mark_of_an_input_does_not_contradict_the_manifest(
+    share: float, tmp_path: Path
+) -> None:
+    """A result whose frames still carry its input's mark: its own is read and bound."""
+    given = older(share, 0x01234567)
+    saved = save_video(given, tmp_path / "a.mp4", 16, origin=Origin("m", "vace"))
+    assert saved.watermark is not None
+    found = verify(saved.path)
+    assert (found.state, found.layers.watermark.id) == ("marked", saved.watermark)
+
+
+def test_a_stronger_mark_of_an_input_does_not_contradict_the_manifest(tmp_path: Path) -> None:
+    """Signed as bound to the newer mark, where the older one is what is read first."""
+    newer = watermark.Watermark(0xC0FFEE42, 256, 256).apply(older(1.6, 0x01234567))
+    key = keys.load(Path(os.environ["WANRT_KEYS"]))
+    source = write_video(tmp_path / "source.mp4", [newer], 16)
+    assert verify(source).layers.watermark.id == "01234567"
+    statement = provenance.Statement(Origin(), "0", SoftBinding(watermark.NAME, "c0ffee42"))
+    provenance.sign(source, tmp_path / "signed.mp4", statement, key)
+    found = verify(tmp_path / "signed.mp4")
+    mark = found.layers.watermark
+    assert (found.state, mark.id, mark.other) == ("marked", "c0ffee42", "01234567")
+    assert any("beside 01234567" in reason for reason in found.reasons)
+    again = mark_file(tmp_path / "signed.mp4", tmp_path / "again.mp4")
+    assert verify(again.path).state == "marked" and again.watermark == "c0ffee42"
+
+
+def test_a_result_that_an_input_outshouts_is_not_said_to_carry_a_mark_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = save_video(older(2.0, 0x01234567), tmp_path / "a.mp4", 16)
+    assert saved.watermark is None and "carry another already" in caplog.text
+    found = verify(saved.path)
+    assert (found.state, found.layers.watermark.id) == ("marked", "01234567")
+    assert found.layers.c2pa.watermark is None
+
+
+def older(share: float, identifier: int) -> np.ndarray:
+    """Frames in which `share` of the strength of a mark is left."""
+    plain = frames()
+    change = watermark.Watermark(identifier, 256, 256).apply(plain).astype(float) - plain
+    return (plain + share * change).round().clip(0, 255).astype(np.uint8)
+
+
 def test_xmp_that_says_camera_contradicts(folder: Path, tmp_path: Path) -> None:
     copy = remux(folder / "a.mp4", tmp_path / "copy.mp4")
     camera = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"

@@ -28,7 +28,10 @@ log = logging.getLogger("wanrt")
 
 _T = TypeVar("_T")
 
-NOT_CARRIED = "not certain: the frames are too few, too small, too dark or too flat to carry one"
+NOT_CARRIED = (
+    "not certain: the frames are too few, too small, too dark or too flat to carry one, "
+    "or carry another already"
+)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 from wanrt.errors import FormatError, UsageError
 from wanrt.media import provenance
 from wanrt.media.image import is_image, load_image, to_uint8
+from wanrt.media.manifest import Manifest
 from wanrt.media.mark import Extra
 from wanrt.media.marking import REQUIRED, Input, Marking, Origin, Saved
 from wanrt.media.saving import Marker
@@ -34,7 +35,7 @@ def mark_file(
 
     codec: None takes av1 for `.webm` and h264 otherwise. A manifest of the source becomes the
     parent of the new one, whether it still holds or not; a watermark that is there already is
-    strengthened, since two could not be told apart. Raises FormatError, UsageError, OutputError,
+    strengthened, since each of two would read worse. Raises FormatError, UsageError, OutputError,
     MarkingError.
     """
     source, out = Path(source), Path(out)
@@ -46,8 +47,9 @@ def mark_file(
     codec = codec or ("av1" if out.suffix.lower() == ".webm" else "h264")
     marker = Marker(marking)
     marker.check(out, codec, crf, overwrite, num_frames=1 if still else None)
-    origin = Origin(model, "mark", _parent(source))
-    found, _ = find_watermark(source)
+    manifest = provenance.read(source)
+    origin = Origin(model, "mark", _parent(source, manifest))
+    found, _ = find_watermark(source, manifest)
     extra = Extra(identifier=None if found.id is None else int(found.id, 16))
     if still:
         picture = to_uint8(load_image(source)[:, None], nearest=True)
@@ -59,8 +61,7 @@ def mark_file(
     return marker.save(iter_frames(source), out, info.fps, codec, crf, overwrite, origin, extra)
 
 
-def _parent(source: Path) -> tuple[Input, ...]:
-    found = provenance.read(source)
+def _parent(source: Path, found: Manifest) -> tuple[Input, ...]:
     if found.state == "missing":
         return ()
     if found.state == "invalid":

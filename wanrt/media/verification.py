@@ -1,6 +1,7 @@
 """Is this file marked as AI-generated, by whom, and is it as it was signed? No key, no network."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from wanrt.media.manifest import Manifest
 from wanrt.media.marking import AI_SOURCES
 from wanrt.media.video import iter_frames
 
+NO_MANIFEST = Manifest("missing")
 MAX_FRAMES = 120  # that the watermark is looked for in
 ROOT_FILE = "root.pem"  # as in wanrt.keys, which would bring `cryptography`
 
@@ -43,7 +45,11 @@ class XmpLayer:
 
 @dataclass(frozen=True)
 class WatermarkLayer:
-    """id: eight hex digits. The probability is that of an unmarked video scoring as high."""
+    """id: eight hex digits. The probability is that of an unmarked video scoring as high.
+
+    other: the id of a second mark, where the one that the manifest names is there too: that of
+    something which the frames were made from.
+    """
 
     detected: bool
     id: str | None
@@ -51,6 +57,7 @@ class WatermarkLayer:
     false_positive_probability: float
     algorithm: str = watermark.NAME
     num_frames: int = 0
+    other: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def verify(
         stated = _xmp(path)
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
-    mark, broken = find_watermark(path)
+    mark, broken = find_watermark(path, manifest)
     match = None if ledger_file is None else _match(path, Path(ledger_file), mark)
     layers = Layers(manifest, stated, mark, match)
     state, reasons = _judge(layers, broken)
@@ -144,8 +151,13 @@ def _xmp(path: Path) -> XmpLayer:
     return XmpLayer("valid" if source in AI_SOURCES else "other source", source)
 
 
-def find_watermark(path: Path) -> tuple[WatermarkLayer, FormatError | None]:
-    """The watermark in the first 120 frames, and why no more of them could be decoded."""
+def find_watermark(
+    path: Path, manifest: Manifest = NO_MANIFEST
+) -> tuple[WatermarkLayer, FormatError | None]:
+    """The watermark in the first 120 frames, and why no more of them could be decoded.
+
+    If the frames carry the one to which a manifest that holds is bound, it is that one.
+    """
     broken: list[FormatError] = []
     count = 0
 
@@ -158,16 +170,19 @@ def find_watermark(path: Path) -> tuple[WatermarkLayer, FormatError | None]:
         except FormatError as error:
             broken.append(error)
 
-    found = watermark_detect.detect(frames())
-    identifier = found.identifier if found.detected else None
-    layer = WatermarkLayer(
-        found.detected,
-        None if identifier is None else f"{identifier:08x}",
-        found.score,
-        found.false_positive_probability,
-        num_frames=count,
-    )
+    found = watermark_detect.detect(frames(), _bound(manifest))
+    chance, ids = found.false_positive_probability, (found.identifier, found.other)
+    read, other = (None if one is None else f"{one:08x}" for one in ids)
+    layer = WatermarkLayer(found.detected, read, found.score, chance, num_frames=count, other=other)
     return layer, broken[0] if broken else None
+
+
+def _bound(manifest: Manifest) -> int | None:
+    """The identifier that a manifest names, if it holds and names one of ours."""
+    named = manifest.watermark
+    if named is None or named.algorithm != watermark.NAME or not manifest.unchanged:
+        return None
+    return int(named.id, 16) if re.fullmatch("[0-9a-f]{8}", named.id) else None
 
 
 def _pixels(path: Path) -> Iterator[np.ndarray]:
@@ -215,7 +230,8 @@ def _judge(layers: Layers, broken: FormatError | None) -> tuple[State, tuple[str
         reasons.append("its XMP says AI-generated")
     if mark.detected:
         says = True
-        reasons.append(f"it carries the watermark {mark.id}")
+        beside = f", beside {mark.other} of something it was made from" if mark.other else ""
+        reasons.append(f"it carries the watermark {mark.id}{beside}")
     return ("marked" if says else "unmarked"), tuple(reasons)
 
 

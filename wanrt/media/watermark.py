@@ -17,8 +17,9 @@ from wanrt.kernels.reference_watermark import BLOCK, SHIFT
 from wanrt.kernels.registry import here, resolve
 from wanrt.kernels.target import UnsupportedOp
 from wanrt.media.watermark_code import ID_BITS
-from wanrt.media.watermark_evidence import Evidence, chips_of, correlation
-from wanrt.media.watermark_key import NAME, grid_for, key
+from wanrt.media.watermark_detect import attempt
+from wanrt.media.watermark_evidence import Evidence, correlation
+from wanrt.media.watermark_key import LOW_CUT, NAME, grid_for, key
 
 __all__ = ["NAME", "Watermark"]
 
@@ -26,10 +27,9 @@ MIN_SIDE = 64  # pixels; smaller frames are left alone
 FLAT = 3  # levels: a frame of which no channel spans more is left alone, nothing hides a pattern
 CARRIED = 13.0  # standard deviations: from about 12 on, the identifier is read without errors
 
-LOW_CUT = 0.7  # share of their neighbourhood's mean that chips lose
 # By the grid: strength where there is no texture (levels RMS), and what a block's texture adds to
 # it. A codec leaves less of a small picture's chips, and less where there is texture.
-STRENGTHS = {96: (1.5, 0.35), 64: (2.4, 0.15), 32: (1.7, 1.0)}
+STRENGTHS = {96: (1.25, 0.7), 64: (2.9, 0.15), 32: (1.7, 1.0)}
 _TEXTURED = 20.0  # levels, standard deviation: of a block where that much is added
 # What is added everywhere in a frame of which half the blocks have the second of these standard
 # deviations (nothing at the first): there the picture itself drowns the pattern, and hides it.
@@ -63,8 +63,8 @@ class Watermark:
             raise UsageError(f"the watermark's identifier {identifier} is not of {ID_BITS} bits")
         self.height, self.width = height, width
         grid = grid_for(height, width)
-        self._chips = key(grid).chips(identifier)
-        self._pattern = _blocked(pixel_pattern(self._chips, height, width))
+        self._grid, self._identifier = grid, identifier
+        self._pattern = _blocked(pixel_pattern(key(grid).chips(identifier), height, width))
         self._tables = strength_tables(grid)
         self._evidence: Evidence | None = Evidence((grid,))
 
@@ -100,8 +100,9 @@ class Watermark:
         if self._evidence is None:
             return
         self._evidence.add(marked.cpu().numpy())
-        grid = len(self._chips)
-        if correlation(chips_of(self._evidence.map(grid)), self._chips) >= CARRIED:
+        chips = self._evidence.chips(self._grid)
+        mine = key(self._grid).data_chips(self._identifier)
+        if correlation(chips, mine) >= CARRIED and attempt(chips).identifier == self._identifier:
             self._evidence = None
 
 

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wanrt.media.watermark_evidence import SAMPLES, correlation, overlaps
+from wanrt.media.watermark_evidence import correlation, overlaps
+from wanrt.media.watermark_filter import SAMPLES
 from wanrt.media.watermark_key import key
 
 SCALES = tuple(1 - 0.0125 * step for step in range(13))  # of the original's side that is left
-_CANDIDATES = 6
+CANDIDATES = 6
 _ROOM = 1.25  # transforms are this much longer than the map: more than 1 / 0.85
 
 # The refinement moves by these, twice.
@@ -30,11 +31,6 @@ class Alignment(NamedTuple):
     mirrored: bool
     rows: Span
     columns: Span
-
-
-def straight(mirrored: bool) -> Alignment:
-    """No crop."""
-    return Alignment(mirrored, Span(), Span())
 
 
 def read(samples: np.ndarray, how: Alignment) -> np.ndarray:
@@ -64,7 +60,7 @@ def candidates(samples: np.ndarray) -> list[Alignment]:
                 spans = Span(rows, float(top)), Span(columns, float(left))
                 found.append((float(fits[top, left]), Alignment(bool(mirrored), *spans)))
     found.sort(key=lambda one: -one[0])
-    return [_refine(samples, how) for _, how in found[:_CANDIDATES]]
+    return [_refine(samples, how) for _, how in found[:CANDIDATES]]
 
 
 def _refine(samples: np.ndarray, how: Alignment) -> Alignment:

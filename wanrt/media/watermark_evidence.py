@@ -1,37 +1,52 @@
-"""What frames say about the watermark: a small map, summed over them, in which chips are read."""
+"""What frames say about the watermark: small maps, summed over them, in which chips are read.
+
+A codec that is short of bits keeps the pattern in the frames that it codes for themselves, and
+moves it along with the picture in those between. So frames count by how well the chips that are
+known beforehand (sync) are seen in them.
+"""
 
 from functools import lru_cache
 
 import numpy as np
 
-from wanrt.media.watermark_key import GRIDS
+from wanrt.media.watermark_filter import SAMPLES, outstanding, whitened
+from wanrt.media.watermark_key import GRIDS, key
 
-SAMPLES = 2  # per chip and direction, in the map of a grid
-_NEAR = 5  # samples: the neighbourhood of which a sample must stand out
-_FLOOR = 0.02  # levels squared, so that flat pictures divide by something
 _LUMA = np.array([77, 150, 29], np.float32) / 256
 
 
 class Evidence:
-    """Sums over frames of any size; holds a map for each grid, whatever the number of frames."""
+    """Sums over frames of any size; holds three maps for each grid, for any number of frames."""
 
     def __init__(self, grids: tuple[int, ...] = GRIDS) -> None:
         self.num_frames = 0
-        self._maps = {grid: np.zeros((SAMPLES * grid,) * 2) for grid in grids}
+        # [as it is, mirrored, both alike]
+        self._maps = {grid: np.zeros((3, SAMPLES * grid, SAMPLES * grid)) for grid in grids}
 
     def add(self, frame: np.ndarray) -> None:
         """uint8 `[H, W, 3]`."""
         assert frame.dtype == np.uint8 and frame.shape[2:] == (3,), f"{frame.dtype} {frame.shape}"
         height, width, _ = frame.shape
         luma = frame.astype(np.float32) @ _LUMA
-        for grid, samples in self._maps.items():
+        for grid, (plain, mirrored, alike) in self._maps.items():
             side = SAMPLES * grid
-            samples += _outstanding(_areas(height, side) @ luma @ _areas(width, side).T)
+            samples = outstanding(_areas(height, side) @ luma @ _areas(width, side).T)
+            sync = key(grid).sync_chips()
+            alike += samples
+            for total, seen in ((plain, samples), (mirrored, samples[:, ::-1])):
+                total += max(0.0, correlation(chips_of(seen), sync)) ** 2 * seen
         self.num_frames += 1
 
+    def chips(self, grid: int, mirrored: bool = False) -> np.ndarray:
+        """float64 `[grid, grid]`, of a picture that was not cropped.
+
+        They depend on the signs of the sync chips, not on those of the others.
+        """
+        return chips_of(whitened(self._maps[grid][int(mirrored)]))
+
     def map(self, grid: int) -> np.ndarray:
-        """float64 `[2 * grid, 2 * grid]`."""
-        return self._maps[grid]
+        """float64 `[2 * grid, 2 * grid]`, from all frames alike, in which to look for crops."""
+        return whitened(self._maps[grid][2])
 
 
 def correlation(chips: np.ndarray, signs: np.ndarray) -> float:
@@ -47,25 +62,6 @@ def chips_of(samples: np.ndarray) -> np.ndarray:
     """Chips `[n, n]` of a map `[2n, 2n]`, for a picture that is neither cropped nor mirrored."""
     grid = len(samples) // SAMPLES
     return samples.reshape(grid, SAMPLES, grid, SAMPLES).sum((1, 3))
-
-
-def _outstanding(small: np.ndarray) -> np.ndarray:
-    """How much each sample stands out of its neighbourhood, from -1 to 1."""
-    high = small.astype(np.float64)
-    high -= _box(high)
-    return np.tanh(high / np.sqrt(_box(high * high) + _FLOOR))
-
-
-def _box(values: np.ndarray) -> np.ndarray:
-    """Mean of the 5 x 5 neighbourhood; beyond the edge, the edge is repeated."""
-    half = _NEAR // 2
-    for axis in (0, 1):
-        ends = [(half, half) if i == axis else (0, 0) for i in (0, 1)]
-        padded = np.pad(values, ends, mode="edge")
-        count = values.shape[axis]
-        parts = (padded.take(range(i, i + count), axis) for i in range(_NEAR))
-        values = sum(parts) / _NEAR
-    return values
 
 
 @lru_cache(maxsize=12)

@@ -14,6 +14,7 @@ from wanrt.media.watermark_code import CODED_BITS, encode
 
 NAME = "org.wanrt.ss.1"
 GRIDS = (96, 64, 32)  # chips per side
+LOW_CUT = 0.7  # share of their neighbourhood's mean that chips lose before they are added
 _FROM = {96: 400, 64: 160, 32: 0}  # pixels of the shorter side from which a grid is used
 _COPIES = {96: 54, 64: 24, 32: 6}  # chips per coded bit; the others are known beforehand (sync)
 
@@ -32,6 +33,12 @@ class Key:
         chips = self.signs.astype(np.float32)
         chips[self.data] *= encode(identifier)
         return chips.reshape(self.grid, self.grid)
+
+    def data_chips(self, identifier: int) -> np.ndarray:
+        """float32 `[n, n]`: the signs that carry the identifier, 0 for those known beforehand."""
+        chips = self.chips(identifier)
+        chips.ravel()[self.sync] = 0
+        return chips
 
     def sync_chips(self) -> np.ndarray:
         """float32 `[n, n]`: the signs known beforehand, 0 elsewhere."""
