@@ -188,17 +188,19 @@ def test_caches_may_wait_in_host_memory() -> None:
     assert distance(result, vae.decode(latents)) < 1e-5
 
 
-def test_fp16() -> None:
+@pytest.mark.parametrize(("side", "frames"), [("encode", 1), pytest.param("decode", 3, marks=SLOW)])
+def test_fp16(side: str, frames: int) -> None:
     """Graph and modules round at the same places; sums in fp16 have another order."""
-    name = "2.1-short"
-    spec, exact = SPECS[name], random_vae(SPECS[name])
-    vae, latents = cast(random_vae(spec), torch.float16), draw_latents(spec, (3, 4), 3)
-    expected = exact.decode(latents)
-    actual = GraphVae(vae, traced(name, torch.float16)).decode(latents)
-    rounded = distance(vae.decode(latents), expected)
+    spec = SPECS["2.1-short"]
+    clip = (draw_latents if side == "decode" else draw_video)(spec, (3, 4), frames)
+    exact, vae = random_vae(spec), cast(random_vae(spec), torch.float16)
+    expected = getattr(exact, side)(clip)
+    graphs = traced("2.1-short", torch.float16)
+    actual = getattr(GraphVae(vae, graphs), side)(clip)
+    rounded = distance(getattr(vae, side)(clip), expected)
     assert 0 < distance(actual, expected) < 2 * rounded < 5e-3
     with pytest.raises(UsageError, match="is torch.float32 on cpu, not torch.float16"):
-        GraphVae(exact, traced(name, torch.float16)).decode(latents)
+        getattr(GraphVae(exact, graphs), side)(clip)
 
 
 def test_what_an_engine_refuses() -> None:
