@@ -21,7 +21,10 @@ from wanrt.config import DitSpec
 from wanrt.export.part import Axis, Multiple, Part, Value, cast
 from wanrt.kernels import registry
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
+from wanrt.models.eight_bit import policy_formats
 from wanrt.models.layers import CrossAttention, CrossKV, Ops
+from wanrt.quant.formats import LinearFormat
+from wanrt.quant.policy import EightBit
 
 OPS = Ops(*(registry.function(name, "onnx") for name in Ops._fields))
 FP32 = torch.float32
@@ -40,6 +43,14 @@ FRAMES, ROWS, COLUMNS = (
         ("columns", 1, 52, 256, 7),
     )
 )
+
+# Where the weights of a part are in the model; the policy names none of the other parts.
+_PLACES = {
+    **dict.fromkeys(("dit.pre", "dit.post", "dit.block"), "blocks.0."),
+    "dit.kv": "blocks.0.cross_attn.",
+    "dit.before": "vace_blocks.0.before_proj.",
+    "dit.after": "vace_blocks.0.after_proj.",
+}
 
 
 def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
@@ -67,7 +78,22 @@ def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
         control = _latents("latents", spec.vace_in_dim)
         yield simple("dit.vace_patch", "vace_patch_embedding", control)
         yield simple("dit.before", "vace_blocks.0.before_proj", x)
-        yield simple("dit.after", *(f"{name}.after_proj" for name in _blocks(dit, "vace_")), x)
+        yield simple("dit.after", *(f"{side}.after_proj" for side in _sides(dit)), x)
+
+
+def formats(dit: WanDiT, part: Part, precision: EightBit) -> dict[str, LinearFormat]:
+    """Of the weights of one of its parts, by their names in it, as `quant.policy` has them.
+
+    Those of weights that its graph does not use are among them; empty where the policy names none.
+    """
+    place = _PLACES.get(part.name)
+    if place is None:
+        return {}
+    return {
+        name.removeprefix(place): form
+        for name, form in policy_formats(dit, precision).items()
+        if name.startswith(place)
+    }
 
 
 def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:
@@ -76,11 +102,13 @@ def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:
         return cast(WanDiT(spec, OPS), dtype)
 
 
-def _blocks(dit: WanDiT, kind: str = "") -> list[str]:
-    """Where the blocks are: those of the control branch come after the others."""
-    found = [f"blocks.{i}" for i in range(len(dit.blocks))]
-    sides = [f"vace_blocks.{j}" for j in range(len(dit.spec.vace_layers))]
-    return sides if kind else found + sides
+def _blocks(dit: WanDiT) -> list[str]:
+    """Where the blocks are; those of the control branch come after the others."""
+    return [f"blocks.{i}" for i in range(len(dit.blocks))] + _sides(dit)
+
+
+def _sides(dit: WanDiT) -> list[str]:
+    return [f"vace_blocks.{j}" for j in range(len(dit.spec.vace_layers))]
 
 
 def _simple(dit: WanDiT, name: str, *rest: str | Value, dtype: torch.dtype | None = None) -> Part:

@@ -72,6 +72,7 @@ LINES = {
             "wanrt.integrations",
             "wanrt.cli",
             "wanrt.cli_bundle",
+            "wanrt.cli_export",
             "wanrt.cli_plan",
             "wanrt.cli_provenance",
             "wanrt.cli_quantize",
@@ -106,6 +107,9 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     "cryptography": {
         "wanrt/engine/trust.py": "Ed25519 for bundles; its home, keys.py, has certificates",
     },
+    "onnx_ir": {
+        "export/qdq.py": "rewrites graphs; their home, onnx.py, traces and embeds",
+    },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
         "wanrt/cli_plan.py": "likewise",
@@ -113,6 +117,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     },
     "typer": {
         "wanrt/cli_bundle.py": "the verbs about bundles",
+        "wanrt/cli_export.py": "one verb, too long for the file of the others",
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
         "wanrt/cli_provenance.py": "the verbs about marks",
         "wanrt/cli_quantize.py": "likewise",
