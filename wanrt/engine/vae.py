@@ -85,13 +85,13 @@ class GraphVae(nn.Module):
         return CausalState((None,) * self._decoder.num_slots)
 
     def _decode_one(self, latents: Tensor, work: VaeWork) -> Tensor:
-        past = Past(self.decoder_state(), work.host, reuse=True)
         way = self._way(self._decoder, work)
+        past = Past(self.decoder_state(), work.host, reuse=way.in_one)
         return torch.cat([way(piece, past) for piece in latents.split(1, 2)], dim=2)
 
     def _encode_one(self, video: Tensor, work: VaeWork, still: bool) -> Tensor:
-        past = Past(self.encoder_state(), work.host, reuse=True)
         way = self._way(self._encoder, work, still)
+        past = Past(self.encoder_state(), work.host, reuse=way.in_one)
         latents, before = [], None
         for piece in self._pieces(video, first=True):
             same = still and before is not None and equal(before, piece)

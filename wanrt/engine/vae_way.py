@@ -105,6 +105,11 @@ class Way:
         self._graphs, self._runs, self._weights, self._still = graphs, runs, weights, still
         self._start = Start()
 
+    @property
+    def in_one(self) -> bool:
+        """One graph does it all, so that what is kept goes to and fro between two places."""
+        return len(self._runs) == 1
+
     def __call__(self, x: Tensor, past: Past, same: bool = False) -> Tensor:
         """What a latent frame stands for, or the other way round; changes the past.
 
