@@ -1,0 +1,253 @@
+"""The set of engines: which parts of which models become engines of TensorRT-RTX, and for whom.
+
+An engine has no weights in it: they are inputs. So one engine serves every block of a model and
+every checkpoint of its shape, and the set is a few megabytes per model. Engines are built for one
+card each: one that is to run on several has the memory of the neediest.
+
+`build_set` goes on where it was left: a record in the folder says what each engine was made of.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from wanrt import config
+from wanrt.config import MODELS
+from wanrt.engine.manifest import Input, Precision
+from wanrt.export import dit, onnx, rtx, trt
+from wanrt.export.part import Axis, Part
+from wanrt.kernels import onnx_ops
+from wanrt.models import layers
+from wanrt.quant import formats
+
+IDS = (
+    "nano",
+    "wan2.1-t2v-1.3b",
+    "wan2.1-t2v-14b",
+    "wan2.1-i2v-14b-480p",
+    "wan2.2-ti2v-5b",
+)
+CARDS: dict[Precision, tuple[int, ...]] = {"bf16": (86, 89, 120)}
+# The largest sizes of an engine, where a graph leaves more open: 81 frames of 1280x720 have 75600
+# tokens (TI2V: 31 latent frames).
+LARGEST = {"L": 75600, "T": 31, "rows": 80, "columns": 80}
+RECORDS = "engines.jsonl"
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "tensorrt-rtx-cu13")
+_SCORE = 2  # bytes of a score in bf16
+_DTYPES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One engine of the set. `onnx` and `engine` are SHA-256; sizes and memory are bytes.
+
+    fused: "yes" or "no" where there is attention, by `fused`; "" where there is none.
+    sources: of what the graph was traced by, so that it need not be traced again.
+    """
+
+    model: str
+    part: str
+    precision: str
+    card: int
+    release: str
+    onnx: str
+    engine: str
+    size: int
+    workspace: int
+    seconds: float
+    fused: str
+    reproducible: bool
+    sources: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.model, self.part, self.precision, self.card
+
+    @property
+    def file(self) -> str:
+        """Where the engine lies in the folder; its graph lies beside it."""
+        return f"{self.model}/{self.precision}/{self.part}.sm{self.card}.engine"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a model in a precision; `make` traces it."""
+
+    model: str
+    part: str
+    precision: Precision
+    make: Callable[[], tuple[ir.Model, Part]]
+
+
+def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) -> Iterator[Job]:
+    """All that are to be built, in the order of the table."""
+    wanted = set(precisions)
+    for model in models:
+        empty = dit.empty(MODELS[model].dit, torch.bfloat16)
+        for part in (dit.attention(empty, torch.bfloat16), *dit.parts(empty, torch.bfloat16)):
+            if "bf16" in wanted:
+                yield Job(model, part.name, "bf16", lambda part=part: (onnx.trace(part), part))
+
+
+def inputs_of(model: ir.Model, part: Part) -> tuple[Input, ...]:
+    """The records of a graph's inputs, weights among them, with the ranges of an engine."""
+    open_ = {value.name: value for value in part.inputs}
+
+    def record(value: ir.Value) -> Input:
+        assert value.name and value.shape is not None and value.dtype, f"{value=}"
+        dtype = _DTYPES[value.dtype]
+        if value.name not in open_:
+            shape = tuple(int(size) for size in value.shape)
+            return Input(value.name, dtype, shape, shape, shape)
+        at = open_[value.name].at
+        return Input(value.name, dtype, at(lambda axis: axis.min), at(_best), at(_largest))
+
+    return tuple(record(value) for value in model.graph.inputs)
+
+
+def _largest(axis: Axis) -> int:
+    return min(axis.max, LARGEST.get(axis.name, axis.max))
+
+
+def _best(axis: Axis) -> int:
+    return min(axis.opt, _largest(axis))
+
+
+def fused(part: Part, built: trt.Built) -> str:
+    """Whether attention is one kernel.
+
+    The builder refuses an Attention node for which it has none; where tokens attend to each other,
+    the memory is to show it as well: the scores of a single head would have L * L numbers.
+    """
+    if not built.attentions:
+        return ""
+    tokens = [
+        _largest(axis)
+        for value in part.inputs
+        for axis in value.shape
+        if isinstance(axis, Axis) and axis == dit.TOKENS
+    ]
+    whole = all(built.workspace < n * n * _SCORE for n in tokens)
+    return "yes" if whole else "no"
+
+
+def build_set(
+    folder: Path, todo: Iterable[Job], report: Callable[[str], None], workers: int = 2
+) -> list[Record]:
+    """Engines, graphs and records in a folder; `workers` builders run beside the tracing.
+
+    What is there and unchanged is kept. Peak: the graphs, which have no weights, and 0.3 GB for
+    each builder. Raises what `trt.build` raises.
+    """
+    done, sources = _read(folder), source_digest()
+    found: list[Record] = []
+    with ThreadPoolExecutor(workers) as pool:
+        pending: list[Future[Record]] = []
+        for job in todo:
+            kept = [
+                done.get((job.model, job.part, job.precision, card))
+                for card in CARDS[job.precision]
+            ]
+            if all(one and one.sources == sources and _holds(folder, one) for one in kept):
+                found += [one for one in kept if one]
+                continue
+            model, part = job.make()
+            made = rtx.spared(model)
+            graph, inputs = onnx.serialise(made), inputs_of(made, part)
+            for card, old in zip(CARDS[job.precision], kept, strict=True):
+                work = _Work(folder, job, part, graph, inputs, card, sources)
+                pending.append(pool.submit(work.record, old, report))
+        found += [one.result() for one in pending]
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One engine to build."""
+
+    folder: Path
+    job: Job
+    part: Part
+    graph: bytes
+    inputs: tuple[Input, ...]
+    card: int
+    sources: str
+
+    def record(self, old: Record | None, report: Callable[[str], None]) -> Record:
+        """Build it, unless the old one was made of the same."""
+        job, digest = self.job, hashlib.sha256(self.graph).hexdigest()
+        if old and old.onnx == digest and old.release == release() and _holds(self.folder, old):
+            built = Record(**{**asdict(old), "sources": self.sources})
+        else:
+            made = trt.build(job.part, self.graph, self.inputs, (self.card,))
+            built = Record(
+                model=job.model,
+                part=job.part,
+                precision=job.precision,
+                card=self.card,
+                release=made.release,
+                onnx=digest,
+                engine=hashlib.sha256(made.engine).hexdigest(),
+                size=len(made.engine),
+                workspace=made.workspace,
+                seconds=round(made.seconds, 2),
+                fused=fused(self.part, made),
+                reproducible=made.reproducible,
+                sources=self.sources,
+            )
+            file = self.folder / built.file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.with_name(f"{job.part}.onnx").write_bytes(self.graph)
+            file.write_bytes(made.engine)
+            report(f"{job.model} {job.part} {job.precision} sm{self.card}: {made.seconds:.1f} s")
+        with (self.folder / RECORDS).open("a") as file_:
+            file_.write(json.dumps(asdict(built)) + "\n")
+        return built
+
+
+def _read(folder: Path) -> dict[tuple[str, str, str, int], Record]:
+    """The newest record of each engine."""
+    path = folder / RECORDS
+    rows = path.read_text().splitlines() if path.exists() else []
+    records = (Record(**json.loads(row)) for row in rows)
+    return {record.key: record for record in records}
+
+
+def _holds(folder: Path, record: Record) -> bool:
+    """Whether the file is there as it was written."""
+    path = folder / record.file
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record.engine
+
+
+def release() -> str:
+    """Of the builder that is installed."""
+    return version("tensorrt-rtx-cu13")
+
+
+def source_digest() -> str:
+    """Of all that decides how a graph looks: our sources and the exporter's versions."""
+    digest = hashlib.sha256()
+    for name in _TOOLS:
+        digest.update(f"{name} {version(name)}\n".encode())
+    files = [Path(str(config.__file__))]
+    for module in (onnx_ops, formats, layers, onnx):
+        files += sorted(Path(str(module.__file__)).parent.glob("*.py"))
+    for file in files:
+        digest.update(file.name.encode() + b"\n" + file.read_bytes())
+    return digest.hexdigest()
