@@ -11,7 +11,8 @@ Every graph computes one sample. Tokens lie `[1, L, D]` and heads `[1, L, H, hd]
     attention           q, k, v -> y; for engines, where nothing else has it
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,27 +48,27 @@ def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
 
     Blocks are alike: those of the first stand for all.
     """
-    spec, block = dit.spec, dit.blocks[0]
-    yield _simple("dit.patch", dit.patch_embedding, _latents("latents", spec.in_dim), "x", FP32)
-    yield _simple("dit.text", dit.text_embedding, _rows("context", dtype, TEXT, spec.text_dim))
+    spec = dit.spec
+    simple = partial(_simple, dit)
+    yield simple("dit.patch", "patch_embedding", _latents("latents", spec.in_dim), dtype=FP32)
+    yield simple("dit.text", "text_embedding", _rows("context", dtype, TEXT, spec.text_dim))
     levels = LEVELS if spec.t_per_token else 1
-    sinusoid = Value("sinusoid", FP32, (levels, spec.freq_dim))
-    yield _simple("dit.time", dit.time_embedding, sinusoid)
-    yield _simple("dit.time_projection", dit.time_projection, Value("e", FP32, (levels, spec.dim)))
+    yield simple("dit.time", "time_embedding", Value("sinusoid", FP32, (levels, spec.freq_dim)))
+    yield simple("dit.time_projection", "time_projection", Value("e", FP32, (levels, spec.dim)))
     if spec.image_dim is not None:
         tokens = spec.image_pos_tokens or 257
-        yield _simple("dit.image", dit.img_emb, _rows("image", dtype, tokens, spec.image_dim))
-    yield _keys_and_values(spec, block.cross_attn, dtype)
-    yield _pre(spec, block)
-    yield _post(spec, block, dtype)
-    yield _whole(spec, block, dtype)
-    yield _head(spec, dit.head)
+        yield simple("dit.image", "img_emb", _rows("image", dtype, tokens, spec.image_dim))
+    yield _keys_and_values(dit, dtype)
+    yield _pre(dit)
+    yield _post(dit, dtype)
+    yield _whole(dit, dtype)
+    yield _head(dit)
     if spec.vace_layers:
+        x = _rows("x", FP32, SOME_TOKENS, spec.dim)
         control = _latents("latents", spec.vace_in_dim)
-        yield _simple("dit.vace_patch", dit.vace_patch_embedding, control)
-        side, x = dit.vace_blocks[0], _rows("x", FP32, SOME_TOKENS, spec.dim)
-        yield _simple("dit.before", side.before_proj, x)
-        yield _simple("dit.after", side.after_proj, x)
+        yield simple("dit.vace_patch", "vace_patch_embedding", control)
+        yield simple("dit.before", "vace_blocks.0.before_proj", x)
+        yield simple("dit.after", *(f"{name}.after_proj" for name in _blocks(dit, "vace_")), x)
 
 
 def attention(dit: WanDiT, dtype: torch.dtype) -> Part:
@@ -88,23 +89,26 @@ def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:
         return cast(WanDiT(spec, OPS), dtype)
 
 
-def _simple(
-    name: str,
-    module: nn.Module,
-    value: Value,
-    output: str = "y",
-    dtype: torch.dtype | None = None,
-) -> Part:
-    """A module of one input; its result in `dtype`, if that is given."""
+def _blocks(dit: WanDiT, kind: str = "") -> list[str]:
+    """Where the blocks are: those of the control branch come after the others."""
+    found = [f"blocks.{i}" for i in range(len(dit.blocks))]
+    sides = [f"vace_blocks.{j}" for j in range(len(dit.spec.vace_layers))]
+    return sides if kind else found + sides
+
+
+def _simple(dit: WanDiT, name: str, *rest: str | Value, dtype: torch.dtype | None = None) -> Part:
+    """Modules of one input, alike; their result in `dtype`, if that is given."""
+    *homes, value = rest
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
         y = module(x)
         return y if dtype is None else y.to(dtype)
 
-    return Part(name, module, call, (value,), (output,))
+    return Part(name, dit.get_submodule(homes[0]), call, (value,), ("out",), tuple(homes))
 
 
-def _keys_and_values(spec: DitSpec, attention: CrossAttention, dtype: torch.dtype) -> Part:
+def _keys_and_values(dit: WanDiT, dtype: torch.dtype) -> Part:
+    spec, names = dit.spec, [f"{name}.cross_attn" for name in _blocks(dit)]
     inputs, outputs = (_rows("context", dtype, TEXT, spec.dim),), ("k", "v")
     if spec.image_dim is not None:
         inputs += (_rows("image", dtype, spec.image_pos_tokens or 257, spec.dim),)
@@ -113,48 +117,61 @@ def _keys_and_values(spec: DitSpec, attention: CrossAttention, dtype: torch.dtyp
     def call(attention: CrossAttention, context: Tensor, image: Tensor | None = None) -> object:
         return tuple(x for x in attention.prepare(context, image) if x is not None)
 
-    return Part("dit.kv", attention, call, inputs, outputs)
+    return Part("dit.kv", dit.get_submodule(names[0]), call, inputs, outputs, tuple(names))
 
 
-def _pre(spec: DitSpec, block: Block) -> Part:
+def _pre(dit: WanDiT) -> Part:
     def call(
         block: Block, x: Tensor, e0: Tensor, freqs: Tensor, level: Tensor | None = None
     ) -> object:
         return tuple(y.transpose(1, 2) for y in block.pre(x, TimeEmbedding(e0, e0, level), freqs))
 
-    axis = SOME_TOKENS
+    spec, axis = dit.spec, SOME_TOKENS
     inputs = (_rows("x", FP32, axis, spec.dim), _modulation(spec), _freqs(spec, axis))
-    return Part("dit.pre", block, call, inputs + _level(spec, axis), ("q", "k", "v"))
+    return _of_blocks(dit, "dit.pre", call, inputs + _level(spec, axis), ("q", "k", "v"))
 
 
-def _post(spec: DitSpec, block: Block, dtype: torch.dtype) -> Part:
+def _post(dit: WanDiT, dtype: torch.dtype) -> Part:
+    spec, axis = dit.spec, SOME_TOKENS
+
     def call(block: Block, x: Tensor, y: Tensor, e0: Tensor, *rest: Tensor) -> Tensor:
         given = _conditions(spec, rest)
         return block.post(x, y.transpose(1, 2), TimeEmbedding(e0, e0, given.level), *given.text)
 
-    axis = SOME_TOKENS
     y = Value("y", dtype, (1, axis, spec.num_heads, spec.head_dim))
-    inputs = (_rows("x", FP32, axis, spec.dim), y, _modulation(spec))
-    return Part("dit.post", block, call, inputs + _text(spec, dtype) + _level(spec, axis), ("out",))
+    inputs = (_rows("x", FP32, axis, spec.dim), y, _modulation(spec), *_text(spec, dtype))
+    return _of_blocks(dit, "dit.post", call, inputs + _level(spec, axis))
 
 
-def _whole(spec: DitSpec, block: Block, dtype: torch.dtype) -> Part:
+def _whole(dit: WanDiT, dtype: torch.dtype) -> Part:
+    spec = dit.spec
+
     def call(block: Block, x: Tensor, e0: Tensor, freqs: Tensor, *rest: Tensor) -> Tensor:
         given = _conditions(spec, rest)
         return block(x, TimeEmbedding(e0, e0, given.level), freqs, *given.text)
 
     inputs = (_rows("x", FP32, TOKENS, spec.dim), _modulation(spec), _freqs(spec, TOKENS))
-    rest = _text(spec, dtype) + _level(spec, TOKENS)
-    return Part("dit.block", block, call, inputs + rest, ("out",))
+    return _of_blocks(dit, "dit.block", call, inputs + _text(spec, dtype) + _level(spec, TOKENS))
 
 
-def _head(spec: DitSpec, head: nn.Module) -> Part:
+def _of_blocks(
+    dit: WanDiT,
+    name: str,
+    call: Callable[..., object],
+    inputs: tuple[Value, ...],
+    outputs: tuple[str, ...] = ("out",),
+) -> Part:
+    return Part(name, dit.blocks[0], call, inputs, outputs, tuple(_blocks(dit)))
+
+
+def _head(dit: WanDiT) -> Part:
     def call(head: nn.Module, x: Tensor, e: Tensor, level: Tensor | None = None) -> Tensor:
         return head(x, TimeEmbedding(e, e, level))
 
+    spec = dit.spec
     e = Value("e", FP32, (LEVELS if spec.t_per_token else 1, 1, spec.dim))
     inputs = (_rows("x", FP32, SOME_TOKENS, spec.dim), e, *_level(spec, SOME_TOKENS))
-    return Part("dit.head", head, call, inputs, ("patches",))
+    return Part("dit.head", dit.head, call, inputs, ("out",), ("head",))
 
 
 class _Conditions(NamedTuple):

@@ -34,9 +34,11 @@ def umt5_parts(encoder: Umt5Encoder, dtype: torch.dtype) -> Iterator[Part]:
     ids = Value("ids", torch.int64, (1, TOKENS))
     buckets = Value("buckets", torch.int64, (TOKENS, TOKENS))
     pad = Value("pad", torch.bool, (1, 1, 1, TOKENS))
-    yield Part("umt5.embed", encoder.token_embedding, _call, (ids,), ("x",))
-    yield Part("umt5.block", encoder.blocks[0], _call, (x, buckets, pad), ("out",))
-    yield Part("umt5.norm", encoder.norm, _call, (x,), ("out",))
+    blocks = tuple(f"blocks.{i}" for i in range(len(encoder.blocks)))
+    embed, block, norm = encoder.token_embedding, encoder.blocks[0], encoder.norm
+    yield Part("umt5.embed", embed, _call, (ids,), ("out",), ("token_embedding",))
+    yield Part("umt5.block", block, _call, (x, buckets, pad), ("out",), blocks)
+    yield Part("umt5.norm", norm, _call, (x,), ("out",), ("norm",))
 
 
 def clip_parts(clip: ClipVision, dtype: torch.dtype) -> Iterator[Part]:
@@ -45,8 +47,9 @@ def clip_parts(clip: ClipVision, dtype: torch.dtype) -> Iterator[Part]:
     tokens = 1 + (spec.image_size // spec.patch_size) ** 2
     pixels = Value("pixels", dtype, (1, 3, spec.image_size, spec.image_size))
     x = Value("x", dtype, (1, tokens, spec.dim))
-    yield Part("clip.embed", clip, lambda module, y: module.embed(y), (pixels,), ("x",))
-    yield Part("clip.block", clip.transformer[0], _call, (x,), ("out",))
+    blocks = tuple(f"transformer.{i}" for i in range(len(clip.transformer)))
+    yield Part("clip.embed", clip, lambda module, y: module.embed(y), (pixels,), ("out",), ("",))
+    yield Part("clip.block", clip.transformer[0], _call, (x,), ("out",), blocks)
 
 
 def _call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class _Pure(nn.Module):
     def __init__(self, part: Part) -> None:
         super().__init__()
         self._call = [_Call(part)]  # in a list: its weights are to be no parameters of this one
-        self._names = [f"module.{name.removeprefix(part.prefix)}" for name in part.weights()]
+        self._names = [f"module.{name}" for name in part.weights()]
 
     def forward(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> object:
         given = dict(zip(self._names, weights, strict=True))
@@ -85,7 +85,7 @@ def trace(part: Part) -> ir.Model:
 
 def embed(model: ir.Model, weights: Mapping[str, Tensor]) -> ir.Model:
     """A copy of a graph in which these inputs are constants. Peak: the weights once more."""
-    made = ir.from_proto(ir.to_proto(model))
+    made = model.clone()
     for value in [value for value in made.graph.inputs if value.name in weights]:
         made.graph.inputs.remove(value)
         value.const_value = constant(value.name, weights[value.name])

@@ -62,8 +62,9 @@ class Part:
     """`function(module, *inputs)` gives the outputs; the weights of `module` are inputs as well.
 
     `module` may be on the meta device: only the shapes and dtypes of its weights count. Its ops are
-    the ones of ONNX. Weights have the names that they have in it, below `prefix`; those that the
-    function does not use are left out.
+    the ones of ONNX. Weights have the names that they have in it; those that the function does not
+    use are left out. `homes` are the modules of the model that the graph serves:
+    one, or one after the other where they are alike; "" is the model itself.
     """
 
     name: str
@@ -71,12 +72,15 @@ class Part:
     function: Callable[..., Any]
     inputs: tuple[Value, ...]
     outputs: tuple[str, ...]
-    prefix: str = ""
+    homes: tuple[str, ...]
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers, by the names of the graph's inputs."""
-        named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return {self.prefix + name: tensor for name, tensor in named.items()}
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def name_at(self, index: int) -> str:
+        """The name of the graph that has the weights of one of the homes within it."""
+        return self.name if len(self.homes) == 1 else f"{self.name}.{index}"
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -125,8 +125,8 @@ def test_results_go_where_they_are_wanted() -> None:
     runner, dit = traced("t2v").get("dit.time"), build(SMALL)
     given = {"sinusoid": torch.randn(1, 256), **dict(dit.time_embedding.named_parameters())}
     place = torch.full((1, 256), torch.nan)
-    (made_there,) = runner(given, {"y": place}).values()
-    assert made_there is place and torch.equal(place, runner(given)["y"])
+    (made_there,) = runner(given, {"out": place}).values()
+    assert made_there is place and torch.equal(place, runner(given)["out"])
     assert distance(place, dit.time_embedding(given["sinusoid"])) < 1e-5
 
 

@@ -115,7 +115,7 @@ def _attach_umt5(encoder: Umt5Encoder, graphs: Graphs) -> None:
 
 def _attach_clip(clip: ClipVision, graphs: Graphs) -> None:
     embed = Call(graphs.get("clip.embed"), clip)
-    clip.embed = lambda pixels: embed(pixels=pixels)["x"]
+    clip.embed = lambda pixels: embed(pixels=pixels)["out"]
     for i, block in enumerate(clip.transformer):
         _replace(block, _graph(graphs, "clip.block", i), "x")
 
@@ -130,14 +130,13 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
     for i, block in enumerate(dit.blocks):
         _attach_block(block, graphs, i)
     head = Call(graphs.get("dit.head"), dit.head)
-    dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["patches"]
+    dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
     if dit.spec.vace_layers:
         _replace(dit.vace_patch_embedding, graphs.get("dit.vace_patch"), "latents")
         _replace_by_token(dit.vace_blocks[0].before_proj, graphs.get("dit.before"))
-        # Embedded ones are numbered on from the blocks before them.
-        for i, side in enumerate(dit.vace_blocks, start=len(dit.blocks)):
-            _attach_block(side, graphs, i)
-            _replace_by_token(side.after_proj, _graph(graphs, "dit.after", i))
+        for j, side in enumerate(dit.vace_blocks):
+            _attach_block(side, graphs, len(dit.blocks) + j)
+            _replace_by_token(side.after_proj, _graph(graphs, "dit.after", j))
 
 
 def _attach_block(block: Block, graphs: Graphs, index: int) -> None:
