@@ -80,7 +80,7 @@ def attention(dit: WanDiT, dtype: torch.dtype) -> Part:
 
     shape = (1, TOKENS, spec.num_heads, spec.head_dim)
     inputs = tuple(Value(name, dtype, shape) for name in ("q", "k", "v"))
-    return Part("dit.attention", dit.blocks[0], call, inputs, ("y",))
+    return Part("dit.attention", dit.blocks[0], call, inputs, ("y",), tuple(_blocks(dit)))
 
 
 def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:

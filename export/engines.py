@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from wanrt import config
 from wanrt.config import MODELS
 from wanrt.engine.manifest import Input, Precision
+from wanrt.errors import FormatError
 from wanrt.export import dit, onnx, rtx, trt
 from wanrt.export.part import Axis, Part
 from wanrt.kernels import onnx_ops
@@ -57,7 +58,8 @@ _DTYPES = {
 class Record:
     """One engine of the set. `onnx` and `engine` are SHA-256; sizes and memory are bytes.
 
-    fused: "yes" or "no" where there is attention, by `fused`; "" where there is none.
+    usual: what of `workspace` is needed at 81 frames of 832x480, where a clip's length matters.
+    fused: whether attention is one kernel, None where there is none.
     sources: of what the graph was traced by, so that it need not be traced again.
     """
 
@@ -70,8 +72,9 @@ class Record:
     engine: str
     size: int
     workspace: int
+    usual: int
     seconds: float
-    fused: str
+    fused: bool | None
     reproducible: bool
     sources: str
 
@@ -129,22 +132,27 @@ def _best(axis: Axis) -> int:
     return min(axis.opt, _largest(axis))
 
 
-def fused(part: Part, built: trt.Built) -> str:
-    """Whether attention is one kernel.
+def at_best(inputs: Iterable[Input]) -> tuple[Input, ...]:
+    """The same inputs with nothing left open: each has the sizes that it is to be fastest at."""
+    return tuple(replace(one, min=one.opt, max=one.opt) for one in inputs)
 
-    The builder refuses an Attention node for which it has none; where tokens attend to each other,
-    the memory is to show it as well: the scores of a single head would have L * L numbers.
+
+def fused(part: Part, fixed: trt.Built) -> bool | None:
+    """Whether attention is one kernel; None where there is no attention.
+
+    The builder refuses an Attention node for which it has none. Where the tokens of a clip attend
+    to each other the memory has to show it too: the scores of a single head would be L * L numbers.
+    `fixed` has the sizes of `at_best`: where sizes are open, the builder does not count a tensor
+    that is too large for it.
     """
-    if not built.attentions:
-        return ""
-    tokens = [
-        _largest(axis)
-        for value in part.inputs
-        for axis in value.shape
-        if isinstance(axis, Axis) and axis == dit.TOKENS
-    ]
-    whole = all(built.workspace < n * n * _SCORE for n in tokens)
-    return "yes" if whole else "no"
+    if not fixed.attentions and not attends(part):
+        return None
+    return not attends(part) or fixed.workspace < _best(dit.TOKENS) ** 2 * _SCORE
+
+
+def attends(part: Part) -> bool:
+    """Whether the tokens of a clip attend to each other in it."""
+    return any(axis == dit.TOKENS for value in part.inputs for axis in value.shape)
 
 
 def build_set(
@@ -193,9 +201,17 @@ class _Work:
         """Build it, unless the old one was made of the same."""
         job, digest = self.job, hashlib.sha256(self.graph).hexdigest()
         if old and old.onnx == digest and old.release == release() and _holds(self.folder, old):
-            built = Record(**{**asdict(old), "sources": self.sources})
+            built = replace(old, sources=self.sources)
         else:
             made = trt.build(job.part, self.graph, self.inputs, (self.card,))
+            fixed = made
+            if attends(self.part):
+                fixed = trt.build(job.part, self.graph, at_best(self.inputs), (self.card,))
+            whole = fused(self.part, fixed)
+            if whole is False:
+                scores = f"{fixed.workspace} bytes at {_best(dit.TOKENS)} tokens"
+                reason = f"on sm{self.card} its attention is not one kernel: it needs {scores}"
+                raise FormatError(f"{job.model} {job.part}", reason)
             built = Record(
                 model=job.model,
                 part=job.part,
@@ -206,8 +222,9 @@ class _Work:
                 engine=hashlib.sha256(made.engine).hexdigest(),
                 size=len(made.engine),
                 workspace=made.workspace,
+                usual=fixed.workspace,
                 seconds=round(made.seconds, 2),
-                fused=fused(self.part, made),
+                fused=whole,
                 reproducible=made.reproducible,
                 sources=self.sources,
             )

@@ -11,6 +11,7 @@ card that the engine is for, and could not be installed where this was written: 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -147,7 +148,9 @@ def _failed(
     last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word"]
     if "ModuleNotFoundError" in last[0]:
         return UsageError(f"{flavour.module} is not installed: pip install '{flavour.package}'")
-    ended = f"its process ended with {done.returncode}: {last[0][:300]}"
+    code = done.returncode
+    how = signal.Signals(-code).name if code < 0 else str(code)
+    ended = f"its process ended with {how}: {last[0][:300]}"
     return FormatError(name, f"{flavour.kind} builds no engine of it for {cards}; {ended}")
 
 

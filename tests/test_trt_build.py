@@ -1,0 +1,178 @@
+"""Engines of TensorRT-RTX, built without a GPU: what the builder's log says of them, its refusals.
+
+No engine is run here: that takes a card. What is checked is that they are built, how large they
+are, what memory they ask for, and that the same graph gives the same bytes.
+"""
+
+from functools import cache
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wanrt.config import MODELS, NANO
+from wanrt.engine.manifest import Input
+from wanrt.engine.ort import OrtRunner
+from wanrt.errors import FormatError, UsageError
+from wanrt.export import dit, engines, onnx, rtx, trt
+from wanrt.export.part import Part
+
+pytest.importorskip("tensorrt_rtx", reason="the builder is not installed (wanrt[rtx])")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TOKENS = 32760  # 81 frames of 832x480
+SCORES = TOKENS**2 * 2  # bytes of one head's scores in bf16
+MEGABYTE = 10**6
+
+
+@cache
+def part_of(model: str, name: str) -> Part:
+    empty = dit.empty(MODELS[model].dit, BF16)
+    return {p.name: p for p in (dit.attention(empty, BF16), *dit.parts(empty, BF16))}[name]
+
+
+@cache
+def graph_of(model: str, name: str) -> ir.Model:
+    return onnx.trace(part_of(model, name))
+
+
+def build(model: ir.Model, part: Part, card: int, fixed: bool = False) -> trt.Built:
+    inputs = engines.inputs_of(model, part)
+    given = engines.at_best(inputs) if fixed else inputs
+    return trt.build(part.name, onnx.serialise(model), given, (card,))
+
+
+@pytest.mark.parametrize("card", [86, 89, 120])
+@pytest.mark.parametrize("name", ["dit.attention", "dit.block"])
+def test_attention_is_one_kernel(name: str, card: int) -> None:
+    """No buffer of L * L scores, not even one head's."""
+    part = part_of("wan2.1-t2v-1.3b", name)
+    built = build(graph_of("wan2.1-t2v-1.3b", name), part, card, fixed=True)
+    assert built.attentions == (1 if name == "dit.attention" else 2)
+    assert 0 < built.workspace < SCORES
+    assert len(built.engine) <= 4 * MEGABYTE
+    assert engines.fused(part, built) is True
+
+
+def test_the_gate_sees_attention_that_is_not_fused() -> None:
+    """Scores that pass through tanh fit no kernel: 12 heads of them lie in memory, twice."""
+
+    def decomposed(_: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.transpose(2, 3)).tanh().softmax(-1) @ v).transpose(1, 2)
+
+    plain = part_of("wan2.1-t2v-1.3b", "dit.attention")
+    part = Part(plain.name, plain.module, decomposed, plain.inputs, ("y",), plain.homes)
+    built = build(onnx.trace(part), part, 89, fixed=True)
+    assert built.attentions == 0 and built.workspace > 12 * SCORES
+    assert engines.fused(part, built) is False
+    assert build(onnx.trace(part), part, 89).workspace < SCORES  # why the gate fixes the sizes
+
+
+def test_two_builds_give_the_same_bytes() -> None:
+    """`dit.pre`, of whose three like products the builder is free to take any first."""
+    part, model = part_of("wan2.1-t2v-1.3b", "dit.pre"), graph_of("wan2.1-t2v-1.3b", "dit.pre")
+    first, *others = [build(model, part, 89) for _ in range(3)]
+    if not first.reproducible:
+        pytest.skip("this system does not let a process fix its addresses (personality)")
+    assert [other.engine for other in others] == [first.engine] * 2
+    assert first.release == engines.release() and first.kind == "tensorrt-rtx"
+    assert len(first.engine) <= 4 * MEGABYTE and engines.fused(part, first) is None
+
+
+SIZES = (Input("x", "bf16", (1, 128), (64, 128), (64, 128)),)
+
+
+def eight_bit(dtype: ir.DataType) -> bytes:
+    """x W^T with x and W rounded to eight bits."""
+    graph = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23]>
+        product (bfloat16[n, 128] x, bfloat16[128, 128] w) => (bfloat16[n, 128] y) {{
+            scale = Constant <value = bfloat16 {{1}}> ()
+            a = QuantizeLinear <output_dtype = {dtype.value}> (x, scale)
+            b = QuantizeLinear <output_dtype = {dtype.value}> (w, scale)
+            c = DequantizeLinear (a, scale)
+            d = DequantizeLinear (b, scale)
+            y = Gemm <transB = 1> (c, d)
+        }}"""
+    )
+    return onnx.serialise(graph)
+
+
+def test_fp8_is_refused_on_ampere() -> None:
+    graph = eight_bit(ir.DataType.FLOAT8E4M3FN)
+    with pytest.raises(
+        UsageError, match=r"product computes in fp8, which needs .* 8\.9 .* for 8\."
+    ):
+        trt.build("product", graph, SIZES, (86,))
+    with pytest.raises(UsageError, match=r"8\.6, 8\.9 \(take int8 or bf16"):
+        trt.build("product", graph, SIZES, (86, 89))
+    assert trt.build("product", graph, SIZES, (89,)).engine
+
+
+def test_int8_is_not_refused_on_ampere() -> None:
+    assert trt.build("product", eight_bit(ir.DataType.INT8), SIZES, (86,)).engine
+
+
+def test_what_cannot_be_built_is_said_in_a_sentence() -> None:
+    """Naming the graph, the card and the builder's own reason."""
+    attention = """<ir_version: 10, opset_import: ["" : 23]>
+        graph (float[1, 2, n, 64] q, float[1, 2, 9, 64] k, float[1, 2, 9, 64] v)
+        => (float[1, 2, n, 64] y) { y = Attention (q, k, v) }"""
+    sizes = (Input("q", "fp32", (1, 2, 4, 64), (1, 2, 8, 64), (1, 2, 8, 64)),)
+    graph = onnx.serialise(ir.from_onnx_text(attention))
+    for given, ranges, cards, says in (
+        (b"", sizes, (89,), r"dit\.x: tensorrt-rtx .* for 8\.9: it is no ONNX graph"),
+        (graph[:20], sizes, (120,), r"dit\.x: .* for 12\.0: .*Failed to parse the ONNX model"),
+        (graph, (), (89,), r"no sizes were given for q"),
+        (graph, sizes, (89,), r"not supported by a dedicated kernel"),
+    ):
+        with pytest.raises(FormatError, match=says) as caught:
+            trt.build("dit.x", given, ranges, cards)
+        assert "CUDA driver" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_cards_and_builders_that_are_not_there() -> None:
+    with pytest.raises(UsageError, match=r"nothing for compute capability 9\.0; choose of 8\.0, "):
+        trt.build("dit.x", b"", (), (90,))
+    absent = trt.Flavour("tensorrt", "tensorrt_of_nobody", "tensorrt-cu13", ())
+    with pytest.raises(UsageError, match=r"not installed: pip install 'tensorrt-cu13'"):
+        trt.build("dit.x", b"", (), (), absent)
+
+
+class TestQueriesOfTwo:
+    """Blocks of the models with a CLIP image attend twice by one q."""
+
+    def test_a_builder_that_dies_takes_nothing_with_it(self) -> None:
+        """Should a release survive this graph, `rtx.spared` has become needless."""
+        part = part_of("wan2.1-i2v-14b-480p", "dit.post")
+        with pytest.raises(FormatError, match=r"dit\.post: .* for 8\.9; .* ended with SIGSEGV"):
+            build(graph_of("wan2.1-i2v-14b-480p", "dit.post"), part, 89)
+
+    def test_spared_graphs_are_built(self) -> None:
+        part = part_of("wan2.1-i2v-14b-480p", "dit.post")
+        built = build(rtx.spared(graph_of("wan2.1-i2v-14b-480p", "dit.post")), part, 89)
+        assert built.attentions == 2 and len(built.engine) <= 4 * MEGABYTE
+
+    def test_spared_graphs_compute_the_same(self) -> None:
+        text = """<ir_version: 10, opset_import: ["" : 23]>
+            graph (float[1, 2, n, 8] q, float[1, 2, 5, 8] k, float[1, 2, 3, 8] l)
+            => (float[1, 2, n, 8] y, float[1, 2, n, 8] z)
+            { y = Attention (q, k, k)  z = Attention (q, l, l) }"""
+        plain = onnx.checked(ir.from_onnx_text(text))
+        made = rtx.spared(plain)
+        assert [n.op_type for n in made.graph] == ["Attention", "Max", "Attention"]
+        inputs = {name: torch.randn(1, 2, n, 8) for name, n in (("q", 7), ("k", 5), ("l", 3))}
+        cpu = torch.device("cpu")
+        ours, theirs = (
+            OrtRunner("graph", onnx.serialise(model), cpu, threads=1)(inputs)
+            for model in (made, plain)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("y", "z"))
+
+    def test_other_graphs_stay_as_they_are(self) -> None:
+        empty = dit.empty(NANO.dit, FP32)
+        part = next(part for part in dit.parts(empty, FP32) if part.name == "dit.head")
+        plain = onnx.trace(part)
+        assert onnx.serialise(rtx.spared(plain)) == onnx.serialise(plain)
