@@ -68,7 +68,7 @@ def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
         control = _latents("latents", spec.vace_in_dim)
         yield simple("dit.vace_patch", "vace_patch_embedding", control)
         yield simple("dit.before", "vace_blocks.0.before_proj", x)
-        yield simple("dit.after", *(f"{name}.after_proj" for name in _blocks(dit, "vace_")), x)
+        yield simple("dit.after", *(f"{side}.after_proj" for side in _sides(dit)), x)
 
 
 def attention(dit: WanDiT, dtype: torch.dtype) -> Part:
@@ -89,11 +89,13 @@ def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:
         return cast(WanDiT(spec, OPS), dtype)
 
 
-def _blocks(dit: WanDiT, kind: str = "") -> list[str]:
-    """Where the blocks are: those of the control branch come after the others."""
-    found = [f"blocks.{i}" for i in range(len(dit.blocks))]
-    sides = [f"vace_blocks.{j}" for j in range(len(dit.spec.vace_layers))]
-    return sides if kind else found + sides
+def _blocks(dit: WanDiT) -> list[str]:
+    """Where the blocks are; those of the control branch come after the others."""
+    return [f"blocks.{i}" for i in range(len(dit.blocks))] + _sides(dit)
+
+
+def _sides(dit: WanDiT) -> list[str]:
+    return [f"vace_blocks.{j}" for j in range(len(dit.spec.vace_layers))]
 
 
 def _simple(dit: WanDiT, name: str, *rest: str | Value, dtype: torch.dtype | None = None) -> Part:

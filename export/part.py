@@ -56,6 +56,18 @@ class Value:
 
         return tuple(number(size) for size in self.shape)
 
+    @property
+    def least(self) -> tuple[int, ...]:
+        return self.at(lambda axis: axis.min)
+
+    @property
+    def best(self) -> tuple[int, ...]:
+        return self.at(lambda axis: axis.opt)
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        return self.at(lambda axis: axis.max)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -11,6 +11,7 @@ _SUMS = "sums in another order"
 _CONV = "the normalised input and the result are rounded, each once"
 _DOWN = "the result is rounded once"
 _FOLDED = "the result is rounded, and so are the folded taps"
+_WEIGHED = "scores and probabilities may be rounded before they are used, and the result is"
 LIMITS = {
     "channel_norm_silu": ROUNDING,
     "causal_conv3d": {
@@ -27,6 +28,11 @@ LIMITS = {
         FP32: Limit(0, 3e-6, _SUMS),
         BF16: Limit(0, 2**-7, _DOWN),
         FP16: Limit(0, 2**-10, _DOWN),
+    },
+    "frame_attention": {
+        FP32: Limit(0, 2e-6, _SUMS),
+        BF16: Limit(0, 2**-6, _WEIGHED),
+        FP16: Limit(0, 2**-9, _WEIGHED),
     },
 }
 _ALL = 6  # every tensor has the VAE's dtype
@@ -89,6 +95,15 @@ def resample(
     return Case(op, label, tensors, {}, _ALL, flop=flop, **options)
 
 
+def _pixels(b: int, t: int, length: int, width: int) -> Tensors:
+    """q, k and v of frames of `length` pixels, as views of one projection to all three."""
+    return torch.randn(b, t, length, 3 * width).chunk(3, -1)
+
+
+def _attention_flop(q: Tensor, k: Tensor, v: Tensor) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
 def _wan() -> list[Case]:
     """A chunk of Wan 2.1's VAE at 480x832, and the widths of Wan 2.2's."""
     bf16: dict[str, Any] = dict(dtypes=(BF16,), size="wan")
@@ -129,6 +144,14 @@ def _wan() -> list[Case]:
             lambda: (frames(1, 96, 4, 480, 832), normal(96, 1, 1, 1)),
             **bf16,
         ),
+        Case(
+            "frame_attention",
+            "384",
+            lambda: _pixels(1, 1, 60 * 104, 384),
+            activations=3,
+            flop=_attention_flop,
+            **bf16,
+        ),
     ]
 
 
@@ -155,5 +178,8 @@ CASES = [
         for op in ("upsample_conv2d", "downsample_conv2d")
         for label, b, c, t, o in (("odd", 1, 24, 2, 20), ("two-samples", 2, 72, 1, 130))
     ),
+    Case("frame_attention", "odd", lambda: _pixels(2, 3, 35, 24), activations=3),
+    Case("frame_attention", "wide", lambda: _pixels(1, 1, 63, 384), activations=3),
+    Case("frame_attention", "one-key", lambda: _pixels(1, 2, 1, 24), activations=3),
     *_wan(),
 ]

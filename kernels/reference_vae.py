@@ -85,6 +85,16 @@ def causal_conv3d(
     return store(total.to(x.dtype), out), kept
 
 
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v: one head as wide as all channels, over the pixels of each frame.
+
+    q, k, v [B, T, L, C] with L pixels -> [B, T, L, C].
+    """
+    q32, k32, v32 = (x.float() for x in (q, k, v))
+    scores = q32 @ k32.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return (scores.softmax(-1) @ v32).to(q.dtype)
+
+
 def quantize_conv_weight(weight: Tensor, step: Tensor, zero: Tensor) -> QuantizedConv:
     """A convolution for inputs of a given format: weight * step, one scale per output. Offline.
 

@@ -15,6 +15,7 @@ from wanrt.kernels.torch_winograd import convolve_pairs
 
 _PIECE = 1 << 21  # elements of input that go through a convolution at once
 _SLAB = 1 << 17  # elements that go through a norm at once, on a CPU
+_SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
 _FEW_PIXELS = 1024  # on smaller frames, another weight costs as much as multiplying by zeros
 
 
@@ -83,6 +84,16 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `reference_vae.downsample_conv2d`."""
     padded = (F.pad(piece, (0, 1, 0, 1)) for piece in x.split(_frames_at_once(x, weight), 2))
     return torch.cat([_conv(p, weight.unsqueeze(2), bias, stride=(1, 2, 2)) for p in padded], dim=2)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """See `reference_vae.frame_attention`; so many queries at once.
+
+    Peak: the scores of these, where no fused kernel takes them.
+    """
+    size = max(1, _SCORES // k.shape[2])
+    parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(size, 2)]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def _convolve(

@@ -82,12 +82,13 @@ def manifest(contents: dict[str, bytes | Path] = CONTENTS, **other: Any) -> Mani
     made = Manifest(
         format=1,
         model=Model.of(MODELS["wan2.1-t2v-1.3b"]),
-        graphs=(Graph("block", "onnx/block.onnx", "bf16", 23, (TOKENS,)),),
+        graphs=(Graph("block", "onnx/block.onnx", "bf16", False, 23, (TOKENS,)),),
         engines=(
             engine("engines/block-ada.engine", 89),
             engine("engines/block-ampere.engine", 86),
         ),
         weights=("weights/dit.safetensors",),
+        tokenizer="",
         licences=(Licence("Apache-2.0", "licences/apache-2.0.txt", ("weights/dit.safetensors",)),),
         provenance=Provenance("0" * 40, False, (Tool("torch", "2.13.0"), Tool("wanrt", "0.1.0"))),
         members=bundle.members_of(contents),

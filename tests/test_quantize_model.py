@@ -19,14 +19,14 @@ from wanrt.quant.policy import EightBit
 from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.parts import find_parts
 from wanrt.weights.quantised import METADATA
-from wanrt.weights.quantize import Written, quantize_model
+from wanrt.weights.quantize import Written, rewrite_model
 from wanrt.weights.random import write_random
 
 PRECISIONS: tuple[EightBit, ...] = ("int8", "fp8")
 
 
 def write(path: Path, out: Path, precision: EightBit = "int8", name: str = "nano") -> list[Written]:
-    return list(quantize_model(find_parts(path), name, out, precision, lambda *_: None))
+    return list(rewrite_model(find_parts(path), name, out, precision, lambda *_: None))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -106,7 +106,7 @@ def test_nothing_appears_under_its_name_before_it_is_complete(zoo: Any, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(quantize_model(find_parts(zoo.path("nano")), "nano", tmp_path, "int8", stop))
+        list(rewrite_model(find_parts(zoo.path("nano")), "nano", tmp_path, "int8", stop))
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
     kept = next(tmp_path.iterdir()).stat()
     write(zoo.path("nano"), tmp_path)

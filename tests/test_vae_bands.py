@@ -9,8 +9,8 @@ from torch import Tensor
 
 from wanrt.config import VaeSpec, VaeWork
 from wanrt.errors import OutputError, UsageError
-from wanrt.kernels import reference_vae
-from wanrt.models import vae_layers, vae_spool
+from wanrt.kernels import reference_vae, torch_conv
+from wanrt.models import vae_spool
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import TORCH, CausalState, VaeOps
 from wanrt.models.vae_spool import Spool
@@ -205,7 +205,7 @@ def test_attention_takes_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         sizes.append((q.shape[2], k.shape[2]))
         return attend(q, k, v)
 
-    monkeypatch.setattr(vae_layers, "_SCORES", 10 * 35)
+    monkeypatch.setattr(torch_conv, "_SCORES", 10 * 35)
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     assert (vae.decode(latents) - expected).abs().max() <= 1e-6
     assert sizes == [(10, 35), (10, 35), (10, 35), (5, 35)]

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import wanrt
-from wanrt import cli_bundle, cli_plan, cli_provenance, cli_quantize, cli_tools
+from wanrt import cli_bundle, cli_export, cli_plan, cli_provenance, cli_quantize, cli_tools
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError, WanrtError
@@ -60,6 +60,7 @@ Task = _choices("Task", "auto", "t2v", "t2i", "i2v", "flf2v", "vace")
 Solver = _choices("Solver", "unipc", "dpm++", "euler")
 Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16", "fp8", "int8")
 Device = _choices("Device", "auto", "cuda", "cpu")
+EngineName = _choices("EngineName", "native", "onnxruntime")
 Noise = _choices("Noise", "cpu", "cuda")
 Codec = _choices("Codec", "h264", "hevc", "av1")
 Extend = _choices("Extend", "after", "before")
@@ -118,6 +119,8 @@ def generate(
         Precision, _in(_MODEL, "auto, fp32, bf16, fp16, fp8 or int8.")
     ] = Precision.auto,
     device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
+    engine: Annotated[EngineName, _in(_MODEL, "native or onnxruntime.")] = EngineName.native,
+    bundle: Annotated[Path | None, _in(_MODEL, "Its graphs, if apart from the model.")] = None,
     vram: Annotated[str | None, _in(_MODEL, "Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, _in(_MODEL, "Budget of host memory, as 32G.")] = None,
     codec: Annotated[Codec, _in(_OUTPUT, "h264, hevc or av1 (h264).")] = Codec.h264,
@@ -173,6 +176,8 @@ def generate(
             loras=lora or (),
             precision=str(precision),
             device=str(device),
+            engine=str(engine),
+            bundle=bundle,
             vram=vram,
             ram=ram,
             offline=offline,
@@ -200,6 +205,7 @@ def generate(
 
 app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
+app.command()(cli_export.export)
 cli_tools.add_to(app)
 cli_provenance.add_to(app)
 cli_bundle.add_to(app)

@@ -14,7 +14,7 @@ from wanrt.progress import Bars
 from wanrt.quant.policy import EightBit
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
-from wanrt.weights.quantize import quantize_model
+from wanrt.weights.quantize import rewrite_model
 
 
 def quantize(
@@ -34,7 +34,7 @@ def quantize(
         raise UsageError(f"{out} is the model itself; choose another folder")
     spec = identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path} {parts.dit}")
     with Bars(quiet=as_json) as bars:
-        for one in quantize_model(parts, spec.id, out, precision, bars.report):
+        for one in rewrite_model(parts, spec.id, out, precision, bars.report):
             bars.finish()
             if as_json:
                 print(json.dumps(asdict(one) | {"path": str(one.path)}), flush=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wanrt import env
 from wanrt.adapter import Adapter
 from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
+from wanrt.engine.opened import Engine
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
 from wanrt.kernels import registry
@@ -25,7 +26,7 @@ from wanrt.models.tokenizer import Tokenizer
 from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
 from wanrt.weights.gguf_vocabulary import read_vocabulary
-from wanrt.weights.load import load_component, read_spiece
+from wanrt.weights.load import load_component, read_spiece, skeleton
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import Parts
 
@@ -84,6 +85,21 @@ def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> 
     return Dtypes(precision, dtype, text, image, image, eight_bit)
 
 
+def engine_dtypes(engine: Engine, native: Dtypes, asked: Precision) -> Dtypes:
+    """Those of a bundle's graphs, for the parts that it serves. Raises UsageError."""
+    changes: dict[str, torch.dtype] = {}
+    for kind in ("dit", "umt5", "clip", "vae"):
+        plain = engine.precisions(kind) - {"int8", "fp8"}
+        if plain:
+            (name,) = plain
+            changes[kind] = _DTYPES[name]
+    eight = engine.precisions("dit") & {"int8", "fp8"}
+    name = next(iter(eight or engine.precisions("dit") or {native.name}))
+    if asked not in ("auto", name):
+        raise UsageError(f"precision {asked} asked; the bundle {engine.bundle.path} is in {name}")
+    return replace(native, name=name, eight_bit=next(iter(eight), None), **changes)
+
+
 def _multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and registry.here(device="cuda").arch >= MIN_ARCH_FP8
 
@@ -126,6 +142,7 @@ class Components:
     report: Report
     plan: Plan | None = None  # of the request under way; None: everything stays on the device
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
+    engine: Engine | None = None  # computes the parts that it serves; None: all is native
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
@@ -170,6 +187,8 @@ class Components:
         Eight-bit transformers give up attention, then activations, in eight bits. fp16, whose
         numbers end at 65504, becomes bf16; such a part is read again.
         """
+        if self.engine is not None and self.engine.serves(part):
+            return None
         names = ("dit", "low_noise") if part == "dit" else ("vae",)
         there = [name for name in names if part == "dit" and name in self._loaded]
         changed = {name: said for name in there if (said := safer(self._loaded[name]))}
@@ -192,6 +211,8 @@ class Components:
     def prompt_cache(self) -> PromptCache | None:
         """Where features of prompts wait between runs; a small encoder is faster than a disk."""
         folder, encoder = env.cache_folder(), self.parts.found.get("umt5")
+        if self.engine is not None and self.engine.embeds("umt5"):
+            return None
         if folder is None or encoder is None or encoder.num_bytes < _WORTH_CACHING:
             return None
         return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
@@ -212,6 +233,16 @@ class Components:
                 "put the model's tokenizer.json or spiece.model beside it",
             )
         return Tokenizer.from_spiece(spiece)
+
+    def check_loras(self, loras: tuple[Lora, ...]) -> None:
+        """Raises UsageError where an engine would compute without them."""
+        if not loras or self.engine is None:
+            return
+        if self.engine.embeds("dit") or self.dtypes.eight_bit is not None:
+            raise UsageError(
+                f"LoRAs merge into plain weights; those of {self.engine.bundle.path} are embedded "
+                "or in eight bits (export it again without --embed, in fp32, fp16 or bf16)"
+            )
 
     def require(self, task: Task, *, text: bool, decode: bool) -> None:
         """Raises FormatError for the first part that a request needs and the model lacks."""
@@ -266,7 +297,11 @@ class Components:
         if name not in self._loaded:
             self.parts.require(kind)
             self._placed[name] = self._placement(name)
-            self._loaded[name] = load_component(
+            if self.engine is not None and self.engine.embeds(kind):
+                module = skeleton(kind, self.parts.found[name].spec, self.device, dtype).eval()
+                self._loaded[name] = self.engine.attach(kind, module.requires_grad_(False))
+                return self._loaded[name]
+            module = load_component(
                 getattr(self.parts, name),
                 kind,
                 dtype=dtype,
@@ -278,6 +313,7 @@ class Components:
                 keep_packed=streams(self._placed[name]),
                 eight_bit=self.dtypes.eight_bit if kind == "dit" else None,
             )
+            self._loaded[name] = self.engine.attach(kind, module) if self.engine else module
         return self._loaded[name]
 
 
@@ -342,6 +378,7 @@ def open_parts(
     device: torch.device,
     check: bool,
     report: Report,
+    engine: Engine | None = None,
 ) -> Components:
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     parts.require("dit")
@@ -350,8 +387,12 @@ def open_parts(
     spec = identify(dit, parts.low_noise is not None, name)
     own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
     spec = replace(spec, **own)
-    dtypes = choose_dtypes(precision, dit, device)
+    if engine is None:
+        dtypes = choose_dtypes(precision, dit, device)
+    else:
+        engine.check(spec)
+        dtypes = engine_dtypes(engine, choose_dtypes("auto", dit, device), precision)
     least = 1 if dtypes.eight_bit else _LEAST_BYTES
     loaded = sum(max(d.num_bytes, least * d.num_params) for d in parts.found.values())
     keep = loaded <= _KEEP_SHARE * memory_bytes(device)
-    return Components(parts, spec, dtypes, device, check, keep, report)
+    return Components(parts, spec, dtypes, device, check, keep, report, engine=engine)

@@ -44,6 +44,11 @@ def own_keys_folder() -> Path:
     return _folder("XDG_CONFIG_HOME", ".config", "config") / "keys"
 
 
+def bundle_key_file() -> Path:
+    """The key that signs bundles, which wanrt made for the user."""
+    return _folder("XDG_CONFIG_HOME", ".config", "config") / "bundle-key.pem"
+
+
 def trusted_keys_file() -> Path:
     """The keys of engine bundles that the user trusted."""
     return _folder("XDG_CONFIG_HOME", ".config", "config") / "bundle-keys"

@@ -24,6 +24,7 @@ from wanrt.conditions import (
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
 from wanrt.denoiser import Denoiser
+from wanrt.engine.opened import is_bundle, model_in, open_engine
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.loras import hint_at_preset, parse_loras
@@ -94,6 +95,8 @@ class Pipeline:
         vram: str | int | None = None,
         ram: str | int | None = None,
         loras: Sequence[str | Path | Lora] = (),
+        engine: str = "native",
+        bundle: str | Path | None = None,
         offline: bool = False,
         check: bool = True,
         report: Report = lambda phase, done, total: None,
@@ -104,16 +107,24 @@ class Pipeline:
         there. Without vram a CUDA card's free memory is the budget, and a CPU has none.
         loras: "FILE:WEIGHT", paths or wanrt.Lora, which every request then has; where weights lie
         on the device they merge. For weights that change from request to request see `generate`.
+        engine: "onnxruntime" computes with the graphs of a `bundle`, or of `model` where that is a
+        bundle with weights; LoRAs then merge, and requests cannot bring their own.
         Reads headers only; `check` looks for NaN and infinity when a part is loaded. `report` is
         called as (phase, done, total) while parts load and frames decode.
         """
         budgets = Budgets.parse(vram, ram)
-        path = resolve_model(model, offline=offline)
-        parts = find_parts(path, text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise)
+        path, found = resolve_model(model, offline=offline), choose_device(device)
+        executor = open_engine(engine, bundle, path, found, vram)
+        if is_bundle(path):
+            parts = model_in(path)
+        else:
+            own = {"text_encoder": text_encoder, "vae": vae, "clip": clip, "low_noise": low_noise}
+            parts = find_parts(path, **own)
         name = f"{model} {path} {parts.dit}"
-        components = open_parts(parts, name, precision, choose_device(device), check, report)
+        components = open_parts(parts, name, precision, found, check, report, executor)
         components.loras = parse_loras(loras)
         components.shelf.check(components.loras)
+        components.check_loras(components.loras)
         return cls(components, budgets)
 
     def generate(
@@ -193,6 +204,10 @@ class Pipeline:
         """
         request = resolve(config, self.spec)
         self.components.shelf.check(request.loras)
+        if request.loras and self.components.engine is not None:
+            raise UsageError(
+                "with an engine LoRAs merge when the model is loaded: give them there (`--lora`)"
+            )
         if not request.distilled and config.preset is None and config.num_steps is None:
             hint_at_preset((*self.components.loras, *request.loras))
         if request.noise == "cuda" and self.components.device.type != "cuda":
@@ -217,6 +232,8 @@ class Pipeline:
         """
         if self.components.device.type == "cpu" and self.budgets.vram is None:
             return None
+        if self.components.engine is not None:
+            return None  # ONNX Runtime has memory of its own, which no plan can keep
         lengths = [len(rows.reshape(-1, rows.shape[-1])) for rows in embeds if rows is not None]
         texts = _without(embeds, request.prompts)
         lengths += [len(self._embeds[text]) for text in texts if text in self._embeds]

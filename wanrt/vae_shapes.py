@@ -144,3 +144,62 @@ def encoder_bands(spec: VaeSpec, height: int, rows: int | None) -> tuple[Band, .
 def _cut(height: int, rows: int | None) -> list[Rows]:
     rows = rows or height
     return [Rows(a, min(a + rows, height), height) for a in range(0, height, rows)]
+
+
+class Slot(NamedTuple):
+    """What one causal convolution remembers: `[B, channels, frames, scale * h, scale * w]`."""
+
+    channels: int
+    frames: int
+    scale: int  # for latents [h, w]
+    late: bool = False  # it remembers nothing of a clip's first frame
+
+
+class Section(NamedTuple):
+    """Layers of a decoder or encoder between two changes of size, and what enters them."""
+
+    channels: int
+    frames: int  # for each latent frame but a clip's first, which is one all the way
+    scale: int
+    slots: dict[int, Slot]  # by their number in the state
+
+
+def decoder_sections(spec: VaeSpec) -> tuple[Section, ...]:
+    """The layers up to the mid-block, then each stage; the last one has the head."""
+    stages = decoder_stages(spec)
+    width = stages[0].widths[0]
+    slots = [Slot(spec.z_dim, 2, 1), *[Slot(width, 2, 1)] * 4]
+    sections = [Section(spec.z_dim, 1, 1, dict(enumerate(slots)))]
+    frames, scale, count = 1, 1, len(slots)
+    for stage in stages:
+        slots = [Slot(dim, 2, scale) for block in stage.blocks for dim in block]
+        if stage.mode == "upsample3d":
+            slots.append(Slot(stage.widths[-1], 2, scale, late=True))
+        if stage is stages[-1]:
+            slots.append(Slot(stage.out, 2, scale))
+        sections.append(Section(stage.widths[0], frames, scale, dict(enumerate(slots, count))))
+        frames *= 2 if stage.mode == "upsample3d" else 1
+        scale *= 2 if stage.mode else 1
+        count += len(slots)
+    return tuple(sections)
+
+
+def encoder_sections(spec: VaeSpec) -> tuple[Section, ...]:
+    """Each stage, the first with the layer before it, then the mid-block and the head."""
+    stages = encoder_stages(spec)
+    frames, scale, count = spec.temporal_stride, spec.spatial_stride // spec.patch, 0
+    sections = []
+    for stage in stages:
+        first, channels = stage is stages[0], 3 * spec.patch**2
+        slots = [Slot(channels, 2, scale)] if first else []
+        slots += [Slot(dim, 2, scale) for block in stage.blocks for dim in block]
+        if stage.mode == "downsample3d":
+            slots.append(Slot(stage.out, 1, scale // 2))
+        given = channels if first else stage.widths[0]
+        sections.append(Section(given, frames, scale, dict(enumerate(slots, count))))
+        frames //= 2 if stage.mode == "downsample3d" else 1
+        scale //= 2 if stage.mode else 1
+        count += len(slots)
+    slots = [Slot(stages[-1].out, 2, scale)] * 5
+    sections.append(Section(stages[-1].out, frames, scale, dict(enumerate(slots, count))))
+    return tuple(sections)

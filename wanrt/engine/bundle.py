@@ -107,12 +107,16 @@ class Bundle:
 
     def verify(self) -> None:
         """Every member, as `read` does it; peak: the largest graph. Raises FormatError."""
-        for name, member in self._members.items():
+        for name in self._members:
             if name in self._graphs:
                 self.read(name)
-                continue
-            for _ in self._checked(member):
-                pass
+            else:
+                self.check(name)
+
+    def check(self, name: str) -> None:
+        """The size and SHA-256 of a member that is read by its path. Raises FormatError."""
+        for _ in self._checked(self._members[name]):
+            pass
 
     def engine_for(self, graph: str, host: Host) -> Engine:
         """The engine of a graph that was built for this very release and card.

@@ -26,7 +26,13 @@ _PART = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
 _DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")  # files of these names: not on Windows
-_ENDINGS = {"engine": ".engine", "graph": ".onnx", "weights": ".safetensors", "licence": ".txt"}
+_ENDINGS = {
+    "engine": (".engine",),
+    "graph": (".onnx",),
+    "weights": (".safetensors",),
+    "tokenizer": (".json", ".model"),
+    "licence": (".txt",),
+}
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Graph:
-    """A weight-free ONNX graph, such as one block of the transformer: weights are its inputs."""
+    """An ONNX graph, such as one block of the transformer: its weights are inputs, or `embedded`.
+
+    `precision` is that of its products.
+    """
 
     name: str
     member: str
     precision: Precision
+    embedded: bool
     opset: int
     inputs: tuple[Input, ...]
 
@@ -159,7 +169,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it. `weights` are names of members, and may be none.
+    """All of it. `weights` are names of members, and may be none; `tokenizer` is one or "".
 
     Raises ValueError where the parts do not fit each other: members, graphs and tools are sorted
     by name, every member has a use, every use a member, every engine a graph.
@@ -170,6 +180,7 @@ class Manifest:
     graphs: tuple[Graph, ...]
     engines: tuple[Engine, ...]
     weights: tuple[str, ...]
+    tokenizer: str
     licences: tuple[Licence, ...]
     provenance: Provenance
     members: tuple[Member, ...]
@@ -186,7 +197,8 @@ class Manifest:
         uses = list(self._uses())
         for role, name in uses:
             _require(name in names, f"{role} {name} is no member")
-            _require(name.endswith(_ENDINGS[role]), f"{role} {name}: not {_ENDINGS[role]}")
+            endings = _ENDINGS[role]
+            _require(name.endswith(endings), f"{role} {name}: not {' or '.join(endings)}")
         used = [name for role, name in uses if role != "licence"]
         _ascending(sorted(used), "uses of members")
         idle = names - {name for _, name in uses}
@@ -205,6 +217,7 @@ class Manifest:
         yield from (("graph", graph.member) for graph in self.graphs)
         yield from (("engine", engine.member) for engine in self.engines)
         yield from (("weights", name) for name in self.weights)
+        yield from (("tokenizer", name) for name in (self.tokenizer,) if name)
         yield from (("licence", licence.member) for licence in self.licences)
 
 

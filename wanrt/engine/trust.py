@@ -4,6 +4,7 @@ The list is a text file, `env.trusted_keys_file()`: one key to a line, `ed25519 
 is the 32 bytes of RFC 8032 in lower-case hexadecimal, whole: there is no shorter fingerprint.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -20,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from wanrt import env, keys
 from wanrt.engine.records import canonical, is_plain, parse
 from wanrt.errors import FormatError, MarkingError, OutputError, UsageError
+
+log = logging.getLogger("wanrt")
 
 PURPOSE = b"wanrt bundle manifest\n"  # stands before what is signed, for this use alone
 MAX_SIGNATURE = 1024  # bytes of the file
@@ -77,6 +80,23 @@ def make_key(path: Path) -> str:
     except OSError as error:
         raise OutputError(f"cannot write a key to {path}: {error.strerror or error}") from error
     return private.public_key().public_bytes_raw().hex()
+
+
+def own_signer() -> Signer:
+    """The key of `env.bundle_key_file`, made and trusted here when it is first wanted.
+
+    Raises OutputError, MarkingError.
+    """
+    path = env.bundle_key_file()
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        key = make_key(path)
+        trust(key, "made by wanrt export")
+        log.warning("a key that signs your bundles was made in %s; you trust it", path)
+    return load_signer(path)
 
 
 def signer_of(path: Path, manifest: bytes, raw: bytes) -> str:

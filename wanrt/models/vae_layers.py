@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.config import VaeWork
@@ -13,8 +12,6 @@ from wanrt.kernels import torch_conv, torch_conv_int8
 from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
-
-_SCORES = 1 << 24  # attention scores of one frame at once, where PyTorch writes them all
 
 
 class VaeOps(NamedTuple):
@@ -25,6 +22,7 @@ class VaeOps(NamedTuple):
     causal_conv3d_int8: Callable[..., tuple[Tensor, Tensor | None]]
     upsample_conv2d: Callable[..., Tensor]
     downsample_conv2d: Callable[..., Tensor]
+    frame_attention: Callable[..., Tensor]
 
 
 TORCH = VaeOps(
@@ -33,6 +31,7 @@ TORCH = VaeOps(
     torch_conv_int8.causal_conv3d_int8,
     torch_conv.upsample_conv2d,
     torch_conv.downsample_conv2d,
+    torch_conv.frame_attention,
 )
 
 
@@ -226,10 +225,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head over the pixels of each frame, so many queries at once.
-
-    Peak beside queries, keys and values: the scores of these, where no fused kernel takes them.
-    """
+    """Self-attention with one head over the pixels of each frame, one frame at a time."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -246,10 +242,7 @@ class AttentionBlock(nn.Module):
         y = walk.ops.rms_norm_channels(x, self.norm.gamma)
         qkv = self._pointwise(y, self.to_qkv, walk).permute(0, 2, 3, 4, 1)  # [B, 1, H, W, 3C]
         q, k, v = qkv.flatten(2, 3).chunk(3, dim=-1)
-        size = max(1, _SCORES // (h * w))
-        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(size, 2)]
-        y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-        y = y.unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
+        y = walk.ops.frame_attention(q, k, v).unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
         return self._pointwise(y, self.proj, walk, residual=x)
 
     def _pointwise(

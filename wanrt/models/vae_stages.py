@@ -43,6 +43,11 @@ class Encoder(nn.Module):
         """The rest: attention sees the whole frame."""
         return [*self.middle, self.head]
 
+    @property
+    def sections(self) -> list[list[nn.Module]]:
+        """The layers as `vae_shapes.encoder_sections` cuts them."""
+        return [*_cut(self.local_layers), self.whole_layers]
+
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         for layer in (*self.local_layers, *self.whole_layers):
             x = layer(x, walk)
@@ -61,6 +66,11 @@ class Decoder(nn.Module):
         self.upsamples = _flat(build(stage) for stage in stages)
         self.head = Head(stages[-1].out, 3 * spec.patch**2)
         self.num_slots = number_slots(self)
+
+    @property
+    def sections(self) -> list[list[nn.Module]]:
+        """The layers as `vae_shapes.decoder_sections` cuts them."""
+        return [[self.conv1, *self.middle], *_cut([*self.upsamples, self.head])]
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         return self.local(self.whole(x, walk), walk)
@@ -96,6 +106,16 @@ def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Ten
             y = layer(y, walk)
         results.append(walk.leave(y))
     return torch.cat(results, 2)
+
+
+def _cut(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Layers in groups, each but the last ending where the size changes."""
+    groups: list[list[nn.Module]] = [[]]
+    for layer in layers:
+        groups[-1].append(layer)
+        if any(isinstance(m, Resample) for m in layer.modules()):
+            groups.append([])
+    return groups
 
 
 def _changes_time(layer: nn.Module) -> bool:

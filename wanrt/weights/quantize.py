@@ -44,11 +44,12 @@ class Written:
     num_quantised: int
 
 
-def quantize_model(
-    parts: Parts, model_id: str, out: Path, precision: EightBit, progress: Progress
+def rewrite_model(
+    parts: Parts, model_id: str, out: Path, precision: EightBit | None, progress: Progress
 ) -> Iterator[Written]:
     """Write every part that the model has into the folder `out`; resumes, verifies each file.
 
+    Without a precision nothing is quantised: the same numbers, under the original names.
     Peak: one tensor and its eight-bit form. Raises FormatError, OutputError.
     """
     sources = {name: _Source(found, precision) for name, found in parts.found.items()}
@@ -58,7 +59,7 @@ def quantize_model(
         found = source.found
         stem = model_id if found.kind == "dit" else name
         stem += _NOISE[name] if name in _NOISE and parts.low_noise is not None else ""
-        ending = f"-{precision}" if found.kind in ("dit", "umt5") else ""
+        ending = f"-{precision}" if precision and found.kind in ("dit", "umt5") else ""
         path = out / f"{stem}{ending}.safetensors"
         pieces, total = list(source.pieces()), source.num_bytes
         done = 0
@@ -80,13 +81,13 @@ def quantize_model(
 class _Source:
     """The tensors of one part as they are to be written."""
 
-    def __init__(self, found: Detected, precision: EightBit) -> None:
+    def __init__(self, found: Detected, precision: EightBit | None) -> None:
         self.found, module = found, skeleton(found.kind, found.spec)
         self._weights = Weights(module, found, torch.float32, check=True)
         self.formats: dict[str, LinearFormat] = {}
-        if found.kind == "dit":
+        if precision and found.kind == "dit":
             self.formats = policy_formats(module, precision)
-        elif found.kind == "umt5":
+        elif precision and found.kind == "umt5":
             named = (name for name in self._weights.sources if _TEXT_MATRIX.match(name))
             self.formats = dict.fromkeys(named, WEIGHTS[precision])
         self._last: tuple[str, Tensor] | None = None  # the scale of the weight made last

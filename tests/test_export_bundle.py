@@ -1,0 +1,243 @@
+"""`wanrt export` and `--engine onnxruntime`: from a model to a bundle to a clip, on the CPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import Files, Zoo
+from torch import Tensor
+
+from wanrt import Pipeline, cli
+from wanrt.engine.bundle import Bundle, sign
+from wanrt.engine.trust import load_signer, make_key
+from wanrt.errors import FormatError, UsageError
+
+PROMPT = "a red circle moving right on a navy background"
+SETTINGS = {"seed": 3, "num_steps": 3, "num_frames": 5, "width": 64, "height": 48}
+
+
+class Way(NamedTuple):
+    """How nano is exported; how near its latents are to the native ones of the same precision.
+
+    In fp32 only sums are in another order. In fp16 the native model multiplies in bf16 where there
+    is no fp16 on a CPU, so it is held against fp32: half a thousandth for each of many roundings.
+    The eight-bit graphs have one scale for a row where the native kernels have one for 128 columns.
+    """
+
+    flags: tuple[str, ...]
+    precision: str
+    limit: float
+
+
+WAYS = {
+    "fp32": Way((), "fp32", 1e-4),
+    "fp32-embedded": Way(("--embed",), "fp32", 1e-4),
+    "fp16": Way(("--precision", "fp16"), "fp32", 1e-2),
+    "int8": Way(("--precision", "int8"), "int8", 0.1),
+    "fp8-embedded": Way(("--precision", "fp8", "--embed"), "fp8", 0.1),
+}
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Bundles by what was asked for, each made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def export(model: object, *flags: str, ending: str = "") -> Path:
+        key = (str(model), *flags)
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundles") / f"bundle{ending}"
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["export", str(model), "-o", str(out), *flags])
+            assert not ended.value.code
+            made[key] = out
+        return made[key]
+
+    return export
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def latents(settings: dict[str, Any] = SETTINGS, **options: Any) -> Tensor:
+    pipe = Pipeline.load(**options)
+    return pipe.generate(PROMPT, output="latents", **settings)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_nano_computed_by_onnx_runtime(name: str, exported: Make) -> None:
+    way = WAYS[name]
+    bundle = exported("nano", *way.flags)
+    actual = latents(model=str(bundle), engine="onnxruntime")
+    expected = latents(model="nano", precision=way.precision)
+    assert distance(actual, expected) < way.limit
+    held = Bundle.open(bundle).manifest
+    assert all(graph.embedded == ("--embed" in way.flags) for graph in held.graphs)
+
+
+def test_a_whole_request_is_marked_like_any_other(
+    exported: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, bundle = tmp_path / "clip.mp4", exported("nano")
+    words = ["--engine", "onnxruntime", "--model", str(bundle), "--frames", "17", "--steps", "2"]
+    for args in (["generate", PROMPT, "-o", str(out), "--seed", "1", *words], ["verify", str(out)]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(args)
+        assert not ended.value.code
+    assert "marked: watermark" in capsys.readouterr().out
+
+
+def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo) -> None:
+    """A zip of megabytes, from a released model's shapes: no weight is read to make it."""
+    graphs = exported("nano", "--no-weights", ending=".zip")
+    assert graphs.is_file() and graphs.stat().st_size < 1 << 20
+    folder = str(zoo.path("nano"))  # other weights than nano's own
+    actual = latents(model=folder, engine="onnxruntime", bundle=graphs)
+    assert distance(actual, latents(model=folder)) < 1e-4
+
+
+class Task(NamedTuple):
+    """A tiny model and what conditions it."""
+
+    model: str
+    files: dict[str, str]
+
+
+TASKS = [
+    Task("wan2.1-i2v-14b-480p", {"image": "a.png"}),
+    Task("wan2.2-ti2v-5b", {"image": "a.png"}),
+    pytest.param(Task("wan2.1-vace-1.3b", {"video": "clip.mp4"}), marks=pytest.mark.slow),
+    pytest.param(Task("wan2.2-i2v-a14b", {"image": "a.png"}), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.model)
+def test_every_kind_of_model(task: Task, exported: Make, zoo: Zoo, files: Files) -> None:
+    """Encoders, both experts, control, levels of t: frames within a 16-bit step of native ones."""
+    bundle = exported(zoo.path(task.model))
+    settings = {"seed": 3, "num_steps": 2, "num_frames": 5, "width": 64, "height": 64}
+    settings |= {name: files[file] for name, file in task.files.items()}
+    frames = [
+        Pipeline.load(**options).generate(PROMPT, **settings).frames.astype(int)
+        for options in (
+            {"model": str(bundle), "engine": "onnxruntime"},
+            {"model": str(zoo.path(task.model))},
+        )
+    ]
+    assert abs(frames[0] - frames[1]).max() <= 1
+
+
+def test_a_lora_merges_into_the_weights_that_graphs_are_given(exported: Make) -> None:
+    lora = str(Path(__file__).parent / "data" / "purple.safetensors")
+    bundle = str(exported("nano"))
+    actual = latents(model=bundle, engine="onnxruntime", loras=[lora])
+    assert distance(actual, latents(model="nano", loras=[lora])) < 1e-4
+    assert distance(actual, latents(model="nano")) > 1e-2
+    pipe = Pipeline.load(bundle, engine="onnxruntime")
+    with pytest.raises(UsageError, match="LoRAs merge when the model is loaded"):
+        pipe.generate(PROMPT, loras=[lora], **SETTINGS)
+    for flags in (("--embed",), ("--precision", "int8")):
+        with pytest.raises(UsageError, match="embedded or in eight bits"):
+            Pipeline.load(str(exported("nano", *flags)), engine="onnxruntime", loras=[lora])
+
+
+class Refusal(NamedTuple):
+    """Arguments of Pipeline.load, with `BUNDLE` for nano's, and what is said of them."""
+
+    options: dict[str, Any]
+    error: type[Exception]
+    says: str
+
+
+REFUSALS = [
+    Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export"),
+    Refusal({"bundle": "BUNDLE"}, UsageError, "say which, as --engine onnxruntime"),
+    Refusal({"model": "BUNDLE"}, UsageError, "say which, as --engine onnxruntime"),
+    Refusal({"engine": "xla", "bundle": "BUNDLE"}, UsageError, "choose native, onnxruntime"),
+    Refusal(
+        {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"}, UsageError, "memory of its own"
+    ),
+    Refusal(
+        {"engine": "onnxruntime", "bundle": "BUNDLE", "precision": "fp16"},
+        UsageError,
+        "precision fp16 asked; the bundle .* is in fp32",
+    ),
+    Refusal(
+        {"engine": "onnxruntime", "bundle": "BUNDLE", "model": "OTHER"},
+        FormatError,
+        "is of nano, and the model is .*, which has other shapes",
+    ),
+    Refusal({"engine": "onnxruntime", "model": "GRAPHS"}, FormatError, "a bundle without weights"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.says[:20])
+def test_what_is_refused(refusal: Refusal, exported: Make, zoo: Zoo) -> None:
+    places = {
+        "BUNDLE": exported("nano"),
+        "OTHER": zoo.path("wan2.1-t2v-1.3b"),
+        "GRAPHS": exported("nano", "--no-weights", ending=".zip"),
+    }
+    options = {name: str(places.get(value, value)) for name, value in refusal.options.items()}
+    with pytest.raises(refusal.error, match=refusal.says):
+        Pipeline.load(**options)
+
+
+def test_a_bundle_of_a_stranger_is_not_opened(exported: Make, tmp_path: Path) -> None:
+    make_key(tmp_path / "key.pem")
+    out = tmp_path / "bundle"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "nano", "-o", str(out), "--key", str(tmp_path / "key.pem")])
+    assert not ended.value.code
+    with pytest.raises(FormatError, match="which is not trusted here"):
+        Pipeline.load(str(out), engine="onnxruntime")
+    sign(out, load_signer(tmp_path / "key.pem"))
+    weights = next(out.glob("weights/nano*.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    key = load_signer(tmp_path / "key.pem").key
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bundle", "verify", str(out), "--trust", key])
+    assert ended.value.code == 3
+
+
+def test_a_stopped_export_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is finished is not traced again, and the bundle is that of one go."""
+    from wanrt.export import bundle, onnx
+
+    traced: list[str] = []
+    trace = onnx.trace
+
+    def stop_at_the_fifth(part: Any) -> Any:
+        if len(traced) == 4:
+            raise KeyboardInterrupt
+        traced.append(part.name)
+        return trace(part)
+
+    def note(part: Any) -> Any:
+        traced.append(part.name)
+        return trace(part)
+
+    monkeypatch.setattr(bundle.onnx, "trace", stop_at_the_fifth)
+    words = ["export", "nano", "-o", str(tmp_path / "out.zip"), "--no-weights", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 130 and not (tmp_path / "out.zip").exists()
+    first = set(traced)
+    traced.clear()
+    monkeypatch.setattr(
+        bundle.onnx, "trace", lambda part: (traced.append(part.name), trace(part))[1]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert not ended.value.code and not first & set(traced)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["graphs"] == len(first | set(traced))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zip"]

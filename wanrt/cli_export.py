@@ -1,0 +1,98 @@
+"""`wanrt export`: a model becomes a bundle of graphs, for engines."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wanrt.components import identify
+from wanrt.config import MODELS, WanSpec
+from wanrt.errors import OutputError, UsageError
+from wanrt.memory.budget import gib
+from wanrt.progress import Bars
+from wanrt.weights.hub import resolve_model
+from wanrt.weights.parts import Parts, find_parts
+
+_PLAIN = ("fp32", "fp16", "bf16")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, or a .zip.")],
+    engine: Annotated[str, typer.Option(help="onnxruntime.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8.")] = "fp32",
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Weights within the graphs, not beside them.")
+    ] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Graphs alone, megabytes.")
+    ] = True,
+    key: Annotated[Path | None, typer.Option(help="Signs it; by default one of your own.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Trace a model into ONNX graphs and sign them as a bundle; stopped, it goes on."""
+    try:
+        from wanrt.export import bundle
+    except ModuleNotFoundError as error:
+        hint = "pip install 'wanrt[onnx]'"
+        raise UsageError(f"{error.name} is not installed, and export wants it: {hint}") from error
+    from wanrt.engine.trust import load_signer, own_signer
+
+    _check(out, engine, precision, embed, weights)
+    parts = None if not weights and model in MODELS else find_parts(resolve_model(model, offline))
+    eight_bit = precision if precision in ("int8", "fp8") else None
+    order = bundle.Order(
+        spec=MODELS[model] if parts is None else _spec(model, parts),
+        parts=parts,
+        plain="fp32" if eight_bit else precision,
+        eight_bit=eight_bit,
+        embed=embed,
+        weights=weights,
+        wanted=_ENGINES[engine],
+    )
+    signer = own_signer() if key is None else load_signer(key)
+    with Bars(quiet=as_json) as bars:
+        made = bundle.export(order, out, signer, bars.report)
+        bars.finish()
+    size = sum(member.size for member in made.members)
+    if as_json:
+        told = {"path": str(out), "graphs": len(made.graphs), "bytes": size, "key": signer.key}
+        print(json.dumps(told | {"model": made.model.id, "precision": precision}))
+        return
+    held = "weights within them" if embed else "weights beside them" if weights else "no weights"
+    print(f"{out}: {made.model.id} in {precision}: {len(made.graphs)} graphs, {held}, {gib(size)}")
+
+
+_STAGE = re.compile(r"vae\.(de|en)code\.\d")
+
+
+def _whole(graph: str) -> bool:
+    """Blocks with their attention, and VAE steps that are not cut into stages."""
+    return graph not in ("dit.pre", "dit.post") and not _STAGE.match(graph)
+
+
+_ENGINES = {"onnxruntime": _whole}
+
+
+def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -> None:
+    if engine not in _ENGINES:
+        raise UsageError(f"engine {engine!r} does not exist; choose {', '.join(_ENGINES)}")
+    if precision not in (*_PLAIN, "int8", "fp8"):
+        raise UsageError(f"precision {precision!r} does not exist; choose fp32 ... fp8")
+    if embed and not weights:
+        raise UsageError("--embed puts weights into the graphs, --no-weights leaves them out")
+    if out.exists():
+        raise OutputError(f"{out} is there already (name a new folder or file)")
+    if out.suffix.lower() == ".zip" and weights:
+        raise UsageError(f"{out} would hold weights, which are read from folders; leave .zip out")
+
+
+def _spec(model: str, parts: Parts) -> WanSpec:
+    parts.require("dit")
+    spec = identify(parts.found["dit"], parts.low_noise is not None, f"{model} {parts.dit}")
+    own = {kind: parts.found[kind].spec for kind in ("vae", "umt5", "clip") if kind in parts.found}
+    return replace(spec, **own)

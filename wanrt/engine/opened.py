@@ -1,0 +1,145 @@
+"""A bundle opened for one executor and one device: which parts of a model it computes, and how."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from wanrt.config import MODELS, WanSpec
+from wanrt.engine.attach import attach
+from wanrt.engine.bundle import Bundle
+from wanrt.engine.graphs import Graphs
+from wanrt.engine.manifest import MANIFEST, Graph, Manifest, Model
+from wanrt.errors import FormatError, UsageError
+from wanrt.weights.detect import Detected
+from wanrt.weights.names import Kind
+from wanrt.weights.parts import Parts, find_parts
+
+EngineName = Literal["onnxruntime", "tensorrt-rtx"]
+KINDS: tuple[Kind, ...] = ("dit", "vae", "umt5", "clip")
+WEIGHTS = "weights"  # the folder of a bundle that is as a model's folder
+
+
+class Engine:
+    """What a bundle does for a model; parts that it has no graphs of stay native."""
+
+    def __init__(self, name: EngineName, bundle: Bundle, graphs: Graphs) -> None:
+        self.name, self.bundle, self._graphs = name, bundle, graphs
+        self._records: dict[str, list[Graph]] = {kind: [] for kind in KINDS}
+        for graph in bundle.manifest.graphs:
+            self._records[graph.name.partition(".")[0]].append(graph)
+
+    @classmethod
+    def open(cls, name: str, path: Path, device: torch.device) -> "Engine":
+        """Of a bundle whose signature is trusted. Raises FormatError, UsageError."""
+        bundle = Bundle.open(path)
+        if name not in get_args(EngineName):
+            known = ", ".join(("native", *get_args(EngineName)))
+            raise UsageError(f"engine {name!r} does not exist; choose {known}")
+        return cls(name, bundle, _EXECUTORS[name](bundle, device))
+
+    def serves(self, kind: Kind) -> bool:
+        """Whether the bundle has graphs of a part of the model."""
+        return bool(self._records[kind])
+
+    def embeds(self, kind: Kind) -> bool:
+        """Whether these hold all of its weights."""
+        return self.serves(kind) and all(graph.embedded for graph in self._records[kind])
+
+    def precisions(self, kind: Kind) -> frozenset[str]:
+        """Of the products of a part: eight-bit ones stand beside those of another."""
+        return frozenset(graph.precision for graph in self._records[kind])
+
+    def attach(self, kind: Kind, module: nn.Module) -> nn.Module:
+        """The part with graphs in the place of its arithmetic, where the bundle has them."""
+        return attach(kind, module, self._graphs) if self.serves(kind) else module
+
+    def check(self, spec: WanSpec) -> None:
+        """Raises FormatError for a model of other shapes than the bundle's."""
+        held, model = self.bundle.manifest.model, Model.of(spec)
+        if (held.dit, held.vae) != (model.dit, model.vae):
+            reason = f"is of {held.id}, and the model is {spec.title}, which has other shapes"
+            raise FormatError(self.bundle.path, reason, "export this model")
+
+
+def open_engine(
+    name: str, bundle: str | Path | None, model: Path, device: torch.device, vram: object = None
+) -> Engine | None:
+    """What `--engine` asks for: with `bundle`, or with the model where that is one itself.
+
+    None for "native". Raises UsageError, FormatError.
+    """
+    if name == "native":
+        if bundle is not None or is_bundle(model):
+            path = model if bundle is None else bundle
+            raise UsageError(f"{path} is a bundle of engines: say which, as --engine onnxruntime")
+        return None
+    if vram is not None:
+        raise UsageError(f"--vram is kept by the native engine; {name} has memory of its own")
+    if bundle is None and not is_bundle(model):
+        raise UsageError(
+            f"--engine {name} wants a bundle: `wanrt export {model} -o BUNDLE --engine {name}` "
+            "makes one, for --model or --bundle"
+        )
+    return Engine.open(name, Path(model if bundle is None else bundle), device)
+
+
+def is_bundle(path: Path) -> bool:
+    """A folder with a manifest, or a zip."""
+    return (path / MANIFEST).is_file() if path.is_dir() else path.suffix.lower() == ".zip"
+
+
+def model_in(path: Path) -> Parts:
+    """The model that a bundle brings along, as weights or within its graphs.
+
+    Its members are hashed first. Raises FormatError where it has neither.
+    """
+    bundle = Bundle.open(path)
+    held = bundle.manifest
+    embedded = bool(held.graphs) and all(graph.embedded for graph in held.graphs)
+    if not held.weights and not embedded:
+        fix = "give the model with --model and this with --bundle"
+        raise FormatError(path, "is a bundle without weights", fix)
+    if not path.is_dir():
+        fix = "unpack it into a folder, or give --model and --bundle"
+        raise FormatError(path, "is a zip; weights are read from bundles that are folders", fix)
+    for member in (*held.weights, *([held.tokenizer] if held.tokenizer else [])):
+        bundle.check(member)
+    return find_parts(path / WEIGHTS) if held.weights else _embedded(bundle)
+
+
+def _embedded(bundle: Bundle) -> Parts:
+    """Parts that are nowhere but in graphs: their shapes are those of the released model."""
+    held = bundle.manifest
+    spec = MODELS.get(held.model.id)
+    if spec is None or Model.of(spec) != held.model:
+        reason = f"its graphs hold the weights of {held.model.id!r}, whose shapes are not known"
+        raise FormatError(bundle.path, reason, "export it without --embed")
+    specs = {"dit": spec.dit, "vae": spec.vae, "umt5": spec.umt5, "clip": spec.clip}
+    kinds = {graph.name.partition(".")[0] for graph in held.graphs}
+    found = {
+        kind: _detected(kind, specs[kind], bundle.path, held) for kind in KINDS if kind in kinds
+    }
+    tokenizer = bundle.path / held.tokenizer if held.tokenizer else None
+    return Parts(**dict.fromkeys(found, bundle.path), tokenizer=tokenizer, found=found)
+
+
+def _detected(kind: Kind, spec: object, path: Path, manifest: Manifest) -> Detected:
+    members = {graph.member for graph in manifest.graphs if graph.name.startswith(f"{kind}.")}
+    size = sum(member.size for member in manifest.members if member.name in members)
+    return Detected(kind, manifest.model.id, path, "bundle", spec=spec, num_bytes=size)
+
+
+def _onnxruntime(bundle: Bundle, device: torch.device) -> Graphs:
+    try:
+        from wanrt.engine.ort import OrtGraphs
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not installed: pip install 'wanrt[onnx]', or onnxruntime-gpu for CUDA"
+        ) from error
+    return OrtGraphs(bundle, device)
+
+
+_EXECUTORS: dict[str, Callable[[Bundle, torch.device], Graphs]] = {"onnxruntime": _onnxruntime}
