@@ -93,7 +93,8 @@ def _part(vae: WanVAE, run: _Run, dtype: torch.dtype) -> Part:
 
     given = () if run.first else tuple(_caches(run, vae.spec, dtype))
     names = (_result(run), *(f"kept.{number}" for number in run.kept))
-    return Part(run.name, vae, call, (_given(run, vae.spec, dtype), *given), names)
+    inputs = (_given(run, vae.spec, dtype), *given)
+    return Part(run.name, vae, call, inputs, names, ("",))
 
 
 def _through(
