@@ -19,28 +19,32 @@ import onnx_ir as ir
 import torch
 
 from wanrt import config
-from wanrt.config import MODELS
+from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2
 from wanrt.engine.manifest import Input, Precision
 from wanrt.errors import FormatError
-from wanrt.export import dit, onnx, rtx, trt
+from wanrt.export import dit, onnx, rtx, trt, vae
 from wanrt.export.part import Axis, Part
 from wanrt.kernels import onnx_ops
 from wanrt.models import layers
 from wanrt.quant import formats
 
+VAES = {"vae-2.1": VAE_2_1, "vae-2.2": VAE_2_2}
 IDS = (
     "nano",
     "wan2.1-t2v-1.3b",
     "wan2.1-t2v-14b",
     "wan2.1-i2v-14b-480p",
     "wan2.2-ti2v-5b",
+    *VAES,
 )
 CARDS: dict[Precision, tuple[int, ...]] = {"bf16": (86, 89, 120)}
 # The largest sizes of an engine, where a graph leaves more open: 81 frames of 1280x720 have 75600
 # tokens (TI2V: 31 latent frames).
 LARGEST = {"L": 75600, "T": 31, "rows": 80, "columns": 80}
 RECORDS = "engines.jsonl"
-_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "tensorrt-rtx-cu13")
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
+_TRACING = ("part", "onnx", "dit", "vae", "rtx")
+_BF16 = torch.bfloat16
 _SCORE = 2  # bytes of a score in bf16
 _DTYPES = {
     ir.DataType.FLOAT: "fp32",
@@ -58,9 +62,9 @@ _DTYPES = {
 class Record:
     """One engine of the set. `onnx` and `engine` are SHA-256; sizes and memory are bytes.
 
-    usual: what of `workspace` is needed at 81 frames of 832x480, where a clip's length matters.
+    usual: what of `workspace` is needed at the sizes of `at_best`.
     fused: whether attention is one kernel, None where there is none.
-    sources: of what the graph was traced by, so that it need not be traced again.
+    recipe: a digest of what the engine was made of. sources: of what the graph was traced by, so that it need not be traced again.
     """
 
     model: str
@@ -68,6 +72,7 @@ class Record:
     precision: str
     card: int
     release: str
+    recipe: str
     onnx: str
     engine: str
     size: int
@@ -90,22 +95,34 @@ class Record:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a model in a precision; `make` traces it."""
+    """A part of a model in a precision."""
 
     model: str
-    part: str
     precision: Precision
-    make: Callable[[], tuple[ir.Model, Part]]
+    part: Part
+
+    def trace(self) -> ir.Model:
+        """Its graph, as the builder takes it."""
+        return rtx.spared(onnx.trace(self.part))
 
 
 def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) -> Iterator[Job]:
     """All that are to be built, in the order of the table."""
-    wanted = set(precisions)
+    wanted = [precision for precision in CARDS if precision in set(precisions)]
     for model in models:
-        empty = dit.empty(MODELS[model].dit, torch.bfloat16)
-        for part in (dit.attention(empty, torch.bfloat16), *dit.parts(empty, torch.bfloat16)):
+        for part in _parts(model):
             if "bf16" in wanted:
-                yield Job(model, part.name, "bf16", lambda part=part: (onnx.trace(part), part))
+                yield Job(model, "bf16", part)
+
+
+def _parts(model: str) -> Iterator[Part]:
+    """The graphs of a transformer or of a VAE; nano has both, as it is alone with its own."""
+    if model in VAES or model == "nano":
+        yield from vae.parts(vae.empty(VAES.get(model, NANO.vae), _BF16), _BF16)
+    if model in MODELS:
+        empty = dit.empty(MODELS[model].dit, _BF16)
+        yield dit.attention(empty, _BF16)
+        yield from dit.parts(empty, _BF16)
 
 
 def inputs_of(model: ir.Model, part: Part) -> tuple[Input, ...]:
@@ -169,17 +186,16 @@ def build_set(
         pending: list[Future[Record]] = []
         for job in todo:
             kept = [
-                done.get((job.model, job.part, job.precision, card))
+                done.get((job.model, job.part.name, job.precision, card))
                 for card in CARDS[job.precision]
             ]
             if all(one and one.sources == sources and _holds(folder, one) for one in kept):
                 found += [one for one in kept if one]
                 continue
-            model, part = job.make()
-            made = rtx.spared(model)
-            graph, inputs = onnx.serialise(made), inputs_of(made, part)
+            model = job.trace()
+            graph, inputs = onnx.serialise(model), inputs_of(model, job.part)
             for card, old in zip(CARDS[job.precision], kept, strict=True):
-                work = _Work(folder, job, part, graph, inputs, card, sources)
+                work = _Work(folder, job, graph, inputs, card, sources)
                 pending.append(pool.submit(work.record, old, report))
         found += [one.result() for one in pending]
     return found
@@ -191,7 +207,6 @@ class _Work:
 
     folder: Path
     job: Job
-    part: Part
     graph: bytes
     inputs: tuple[Input, ...]
     card: int
@@ -199,43 +214,53 @@ class _Work:
 
     def record(self, old: Record | None, report: Callable[[str], None]) -> Record:
         """Build it, unless the old one was made of the same."""
-        job, digest = self.job, hashlib.sha256(self.graph).hexdigest()
-        if old and old.onnx == digest and old.release == release() and _holds(self.folder, old):
+        made_of = recipe(self.graph, self.inputs)
+        if old and old.recipe == made_of and _holds(self.folder, old):
             built = replace(old, sources=self.sources)
         else:
-            made = trt.build(job.part, self.graph, self.inputs, (self.card,))
-            fixed = made
-            if attends(self.part):
-                fixed = trt.build(job.part, self.graph, at_best(self.inputs), (self.card,))
-            whole = fused(self.part, fixed)
-            if whole is False:
-                scores = f"{fixed.workspace} bytes at {_best(dit.TOKENS)} tokens"
-                reason = f"on sm{self.card} its attention is not one kernel: it needs {scores}"
-                raise FormatError(f"{job.model} {job.part}", reason)
-            built = Record(
-                model=job.model,
-                part=job.part,
-                precision=job.precision,
-                card=self.card,
-                release=made.release,
-                onnx=digest,
-                engine=hashlib.sha256(made.engine).hexdigest(),
-                size=len(made.engine),
-                workspace=made.workspace,
-                usual=fixed.workspace,
-                seconds=round(made.seconds, 2),
-                fused=whole,
-                reproducible=made.reproducible,
-                sources=self.sources,
-            )
+            made = self._build(self.inputs)
+            built = self._described(made, made_of)
             file = self.folder / built.file
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.with_name(f"{job.part}.onnx").write_bytes(self.graph)
+            file.with_name(f"{built.part}.onnx").write_bytes(self.graph)
             file.write_bytes(made.engine)
-            report(f"{job.model} {job.part} {job.precision} sm{self.card}: {made.seconds:.1f} s")
-        with (self.folder / RECORDS).open("a") as file_:
-            file_.write(json.dumps(asdict(built)) + "\n")
+            report(
+                f"{built.model} {built.part} {built.precision} sm{built.card}: {built.seconds} s"
+            )
+        with (self.folder / RECORDS).open("a") as file:
+            file.write(json.dumps(asdict(built)) + "\n")
         return built
+
+    def _described(self, made: trt.Built, made_of: str) -> Record:
+        """Its record. Raises FormatError where attention is not one kernel."""
+        job, fixed = self.job, made
+        if any(one.opt != one.max for one in self.inputs):
+            fixed = self._build(at_best(self.inputs))
+        whole = fused(job.part, fixed)
+        if whole is False:
+            memory = f"it needs {fixed.workspace} bytes at {_best(dit.TOKENS)} tokens"
+            reason = f"its attention is not one kernel on sm{self.card}: {memory}"
+            raise FormatError(f"{job.model} {job.part.name}", reason)
+        return Record(
+            model=job.model,
+            part=job.part.name,
+            precision=job.precision,
+            card=self.card,
+            release=made.release,
+            recipe=made_of,
+            onnx=hashlib.sha256(self.graph).hexdigest(),
+            engine=hashlib.sha256(made.engine).hexdigest(),
+            size=len(made.engine),
+            workspace=made.workspace,
+            usual=fixed.workspace,
+            seconds=round(made.seconds, 2),
+            fused=whole,
+            reproducible=made.reproducible,
+            sources=self.sources,
+        )
+
+    def _build(self, inputs: tuple[Input, ...]) -> trt.Built:
+        return trt.build(self.job.part.name, self.graph, inputs, (self.card,))
 
 
 def _read(folder: Path) -> dict[tuple[str, str, str, int], Record]:
@@ -258,13 +283,21 @@ def release() -> str:
 
 
 def source_digest() -> str:
-    """Of all that decides how a graph looks: our sources and the exporter's versions."""
-    digest = hashlib.sha256()
+    """Of all that decides how graphs look: our sources and the versions of what traces them."""
+    here = Path(__file__).parent
+    files = [Path(str(config.__file__)), *(here / f"{name}.py" for name in _TRACING)]
+    for module in (onnx_ops, formats, layers):
+        files += sorted(Path(str(module.__file__)).parent.glob("*.py"))
+    digest = hashlib.sha256(repr(LARGEST).encode())
     for name in _TOOLS:
         digest.update(f"{name} {version(name)}\n".encode())
-    files = [Path(str(config.__file__))]
-    for module in (onnx_ops, formats, layers, onnx):
-        files += sorted(Path(str(module.__file__)).parent.glob("*.py"))
     for file in files:
         digest.update(file.name.encode() + b"\n" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def recipe(graph: bytes, inputs: tuple[Input, ...]) -> str:
+    """A digest of all that an engine is made of, but for the card."""
+    digest = hashlib.sha256(graph)
+    digest.update(f"{inputs} {release()}\n".encode() + trt.CHILD.read_bytes())
     return digest.hexdigest()

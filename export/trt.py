@@ -22,7 +22,7 @@ from wanrt.engine.bundle import shown_capability
 from wanrt.engine.manifest import EngineKind, Input
 from wanrt.errors import FormatError, UsageError
 
-_CHILD = Path(__file__).with_name("trt_child.py")
+CHILD = Path(__file__).with_name("trt_child.py")
 _MEMORY = "Total Activation Memory: "
 _ATTENTION = "Registering attention: "
 _DULL = ("CUDA driver version is insufficient", "checkMacros.cpp::catchCudaError")
@@ -87,10 +87,10 @@ def build(
     ranges = {one.name: (one.min, one.opt, one.max) for one in inputs}
     head = {"module": flavour.module, "capabilities": capabilities, "ranges": ranges}
     done = subprocess.run(
-        [sys.executable, "-P", str(_CHILD)],
+        [sys.executable, "-P", str(CHILD)],
         input=json.dumps(head).encode() + b"\n" + graph,
         capture_output=True,
-        cwd=_CHILD.anchor,
+        cwd=CHILD.anchor,
         env=_environment(),
     )
     if done.returncode:
