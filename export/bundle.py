@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -37,16 +36,6 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 _TEXT: dict[Precision, Precision] = {"fp16": "fp32"}  # umT5 overflows in fp16
-_DTYPES = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.FLOAT8E4M3FN: "fp8",
-    ir.DataType.INT8: "int8",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT64: "int64",
-    ir.DataType.BOOL: "bool",
-}
 _LICENCE = "licences/apache-2.0.txt"
 
 
@@ -177,7 +166,7 @@ def _write_graphs(order: Order, wanted: Wanted, work: Path) -> Iterator[Graph]:
     indices = range(len(part.homes)) if order.embed else [None]
     folder = work / "onnx"
     names = {i: part.name if i is None else part.name_at(i) for i in indices}
-    model: ir.Model | None = None
+    model: onnx.Model | None = None
     for i, name in names.items():
         path = folder / f"{name}.onnx"
         if not path.exists():
@@ -189,12 +178,12 @@ def _write_graphs(order: Order, wanted: Wanted, work: Path) -> Iterator[Graph]:
         yield _record(path, wanted, order.embed)
 
 
-def _trace(wanted: Wanted) -> ir.Model:
+def _trace(wanted: Wanted) -> onnx.Model:
     model = onnx.trace(wanted.part)
     return qdq.quantise(model, wanted.formats) if wanted.formats else model
 
 
-def _weights_of(order: Order, wanted: Wanted, model: ir.Model, index: int) -> dict[str, Tensor]:
+def _weights_of(order: Order, wanted: Wanted, model: onnx.Model, index: int) -> dict[str, Tensor]:
     """What a graph's inputs are in one of the modules that it serves."""
     assert order.parts is not None
     found = order.parts.found[wanted.kind]
@@ -209,11 +198,11 @@ def _weights_of(order: Order, wanted: Wanted, model: ir.Model, index: int) -> di
 
 def _record(path: Path, wanted: Wanted, embedded: bool) -> Graph:
     """What the manifest says of a finished graph."""
-    model = ir.load(path)
+    model = onnx.load(path)
     values = {value.name: value for value in wanted.part.inputs}
     inputs = []
     for given in model.graph.inputs:
-        dtype = _DTYPES[given.dtype]
+        dtype = onnx.DTYPES[given.dtype]
         if given.name in values:
             value = values[given.name]
             least, best, most = (

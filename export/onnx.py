@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -25,6 +26,17 @@ from wanrt.export.part import Axis, Multiple, Part, Size, Value
 
 OPSET = 23
 IR_VERSION = 10
+DTYPES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+Model = ir.Model
 _TIDY = ir.passes.Sequential(ClearMetadataAndDocStringPass(), RemoveUnusedOpsetsPass())
 # Of the exporter and of torch.export, whoever calls; nothing in them concerns a graph.
 _NOISE = ("torch.onnx", "torch.export", "torch._export", "onnxscript")
@@ -112,6 +124,11 @@ def checked(model: ir.Model) -> ir.Model:
 def serialise(model: ir.Model) -> bytes:
     """One file, all data within; the same bytes for the same graph."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def load(path: Path) -> ir.Model:
+    """A graph of ours from its file."""
+    return ir.load(path)
 
 
 def _stand_in(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -94,12 +94,10 @@ def _part(vae: WanVAE, run: _Run, dtype: torch.dtype) -> Part:
     given = () if run.first else tuple(_caches(run, vae.spec, dtype))
     names = (_result(run), *(f"kept.{number}" for number in run.kept))
     inputs = (_given(run, vae.spec, dtype), *given)
-    return Part(run.name, vae, call, inputs, names, ("",))
+    return Part(run.name, vae, call, inputs, names, homes=("",))
 
 
-def _through(
-    vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk
-) -> Tensor:
+def _through(vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk) -> Tensor:
     """The layers, with what comes before the first and after the last of all."""
     if run.begins:
         x = vae.latents_to_decoder(x, walk) if run.decodes else vae.pixels_to_encoder(x)

@@ -72,6 +72,7 @@ LINES = {
             "wanrt.integrations",
             "wanrt.cli",
             "wanrt.cli_bundle",
+            "wanrt.cli_export",
             "wanrt.cli_plan",
             "wanrt.cli_provenance",
             "wanrt.cli_quantize",
@@ -113,6 +114,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     },
     "typer": {
         "wanrt/cli_bundle.py": "the verbs about bundles",
+        "wanrt/cli_export.py": "one verb, too long for the file of the others",
         "wanrt/cli_plan.py": "one verb, too long for the file of the others",
         "wanrt/cli_provenance.py": "the verbs about marks",
         "wanrt/cli_quantize.py": "likewise",

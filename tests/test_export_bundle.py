@@ -155,8 +155,8 @@ class Refusal(NamedTuple):
 
 REFUSALS = [
     Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export"),
-    Refusal({"bundle": "BUNDLE"}, UsageError, "say which, as --engine onnxruntime"),
-    Refusal({"model": "BUNDLE"}, UsageError, "say which, as --engine onnxruntime"),
+    Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
+    Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
     Refusal({"engine": "xla", "bundle": "BUNDLE"}, UsageError, "choose native, onnxruntime"),
     Refusal(
         {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"}, UsageError, "memory of its own"

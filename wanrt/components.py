@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from wanrt import env
 from wanrt.adapter import Adapter
 from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
-from wanrt.engine.opened import Engine
 from wanrt.errors import FormatError, UsageError
 from wanrt.guidance import Expert
 from wanrt.kernels import registry
@@ -29,6 +28,9 @@ from wanrt.weights.gguf_vocabulary import read_vocabulary
 from wanrt.weights.load import load_component, read_spiece, skeleton
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import Parts
+
+if TYPE_CHECKING:
+    from wanrt.engine.opened import Engine
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 
@@ -85,7 +87,7 @@ def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> 
     return Dtypes(precision, dtype, text, image, image, eight_bit)
 
 
-def engine_dtypes(engine: Engine, native: Dtypes, asked: Precision) -> Dtypes:
+def engine_dtypes(engine: "Engine", native: Dtypes, asked: Precision) -> Dtypes:
     """Those of a bundle's graphs, for the parts that it serves. Raises UsageError."""
     changes: dict[str, torch.dtype] = {}
     for kind in ("dit", "umt5", "clip", "vae"):
@@ -142,7 +144,7 @@ class Components:
     report: Report
     plan: Plan | None = None  # of the request under way; None: everything stays on the device
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
-    engine: Engine | None = None  # computes the parts that it serves; None: all is native
+    engine: "Engine | None" = None  # computes the parts that it serves; None: all is native
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
@@ -378,7 +380,7 @@ def open_parts(
     device: torch.device,
     check: bool,
     report: Report,
-    engine: Engine | None = None,
+    engine: "Engine | None" = None,
 ) -> Components:
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     parts.require("dit")

@@ -24,7 +24,7 @@ from wanrt.conditions import (
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
 from wanrt.denoiser import Denoiser
-from wanrt.engine.opened import is_bundle, model_in, open_engine
+from wanrt.engine.manifest import is_bundle
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.loras import hint_at_preset, parse_loras
@@ -114,9 +114,13 @@ class Pipeline:
         """
         budgets = Budgets.parse(vram, ram)
         path, found = resolve_model(model, offline=offline), choose_device(device)
-        executor = open_engine(engine, bundle, path, found, vram)
+        executor = None
+        if engine != "native" or bundle is not None or is_bundle(path):
+            from wanrt.engine import opened  # with the libraries of signatures
+
+            executor = opened.open_engine(engine, bundle, path, found, vram)
         if is_bundle(path):
-            parts = model_in(path)
+            parts = opened.model_in(path)
         else:
             own = {"text_encoder": text_encoder, "vae": vae, "clip": clip, "low_noise": low_noise}
             parts = find_parts(path, **own)

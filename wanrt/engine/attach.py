@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.engine.graphs import Graphs, Runner
+from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
 from wanrt.models.clip import ClipVision
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
@@ -32,13 +33,9 @@ def attach(kind: Kind, module: nn.Module, graphs: Graphs) -> nn.Module:
             _attach_umt5(module, graphs)
         case "clip":
             _attach_clip(module, graphs)
+        case "vae":
+            return GraphVae(module, graphs)
     return module
-
-
-def served(kind: Kind, graphs: Graphs) -> bool:
-    """Whether a bundle has the graphs of a kind of model."""
-    first = {"dit": "dit.head", "umt5": "umt5.norm", "clip": "clip.embed"}
-    return kind in first and graphs.has(first[kind])
 
 
 @dataclass(frozen=True)

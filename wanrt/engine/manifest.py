@@ -221,6 +221,11 @@ class Manifest:
         yield from (("licence", licence.member) for licence in self.licences)
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a path looks like one: a folder with a manifest, or a zip."""
+    return (path / MANIFEST).is_file() if path.is_dir() else path.suffix.lower() == ".zip"
+
+
 def parse_manifest(raw: bytes, path: Path) -> Manifest:
     """The manifest with this text. Raises FormatError, for another format by its number."""
     value = parse_json(path, raw, "manifest")

@@ -11,7 +11,7 @@ from wanrt.config import MODELS, WanSpec
 from wanrt.engine.attach import attach
 from wanrt.engine.bundle import Bundle
 from wanrt.engine.graphs import Graphs
-from wanrt.engine.manifest import MANIFEST, Graph, Manifest, Model
+from wanrt.engine.manifest import Graph, Manifest, Model, is_bundle
 from wanrt.errors import FormatError, UsageError
 from wanrt.weights.detect import Detected
 from wanrt.weights.names import Kind
@@ -66,29 +66,22 @@ class Engine:
 
 def open_engine(
     name: str, bundle: str | Path | None, model: Path, device: torch.device, vram: object = None
-) -> Engine | None:
-    """What `--engine` asks for: with `bundle`, or with the model where that is one itself.
+) -> Engine:
+    """What `--engine` asks for, of `bundle`, or of the model where that is one itself.
 
-    None for "native". Raises UsageError, FormatError.
+    Raises UsageError, FormatError.
     """
+    path = model if bundle is None else Path(bundle)
     if name == "native":
-        if bundle is not None or is_bundle(model):
-            path = model if bundle is None else bundle
-            raise UsageError(f"{path} is a bundle of engines: say which, as --engine onnxruntime")
-        return None
+        raise UsageError(f"{path} is a bundle of graphs: say what runs them, --engine onnxruntime")
     if vram is not None:
         raise UsageError(f"--vram is kept by the native engine; {name} has memory of its own")
-    if bundle is None and not is_bundle(model):
+    if not is_bundle(path):
         raise UsageError(
             f"--engine {name} wants a bundle: `wanrt export {model} -o BUNDLE --engine {name}` "
             "makes one, for --model or --bundle"
         )
-    return Engine.open(name, Path(model if bundle is None else bundle), device)
-
-
-def is_bundle(path: Path) -> bool:
-    """A folder with a manifest, or a zip."""
-    return (path / MANIFEST).is_file() if path.is_dir() else path.suffix.lower() == ".zip"
+    return Engine.open(name, path, device)
 
 
 def model_in(path: Path) -> Parts:
