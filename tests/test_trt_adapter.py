@@ -5,6 +5,7 @@ import logging
 from functools import cache
 from pathlib import Path
 
+import bundle_files
 import fake_tensorrt_rtx as fake
 import pytest
 import torch
@@ -12,9 +13,12 @@ from fake_tensorrt_rtx import FakePlace
 from torch import Tensor
 
 from wanrt.config import NANO
-from wanrt.engine.manifest import Input
+from wanrt.engine import bundle as bundles
+from wanrt.engine import trt as adapter
+from wanrt.engine.bundle import Bundle
+from wanrt.engine.manifest import Graph, Input, Licence
 from wanrt.engine.ort import OrtRunner
-from wanrt.engine.trt import TrtRunner
+from wanrt.engine.trt import TrtGraphs, TrtRunner
 from wanrt.engine.trt_library import library
 from wanrt.engine.trt_place import CompiledKernels, CudaPlace, Workspace
 from wanrt.errors import BudgetError, FormatError, UsageError
@@ -189,6 +193,57 @@ def test_engines_share_one_workspace_within_its_limit(place: FakePlace) -> None:
     found = tight(inputs(9))
     place.synchronise()
     assert_same(found, inputs(9))
+
+
+class TestGraphsOfABundle:
+    """Engines are found by card and release; those of others are not there."""
+
+    @pytest.fixture(autouse=True)
+    def _on_a_fake_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place = FakePlace()
+        monkeypatch.setattr(adapter, "CudaPlace", lambda device: self.place)
+        monkeypatch.setattr(adapter, "library", lambda kind: fake)
+
+    @pytest.fixture
+    def bundle(self, tmp_path: Path) -> Bundle:
+        data, ranges = graph()
+        names = ("dit.pre.engine", "other.engine", "dit.pre.onnx", "other.onnx", "licence.txt")
+        contents = {name: engine() for name in names[:2]} | {name: data for name in names[2:4]}
+        contents |= {names[4]: b"Apache License"}
+        made = bundle_files.manifest(
+            contents,
+            graphs=(
+                Graph("dit.pre", names[2], "fp32", False, 23, ranges),
+                Graph("other", names[3], "fp32", False, 23, ranges),
+            ),
+            engines=(
+                bundle_files.engine(names[0], 89, graph="dit.pre"),
+                bundle_files.engine(names[1], 86, graph="other"),
+            ),
+            weights=(),
+            licences=(Licence("Apache-2.0", names[4], tuple(names[2:4])),),
+        )
+        bundles.write(tmp_path / "b", made, contents, bundle_files.SIGNER)
+        return Bundle.open(tmp_path / "b", {bundle_files.SIGNER.key})
+
+    def test_those_for_the_card_run(self, bundle: Bundle) -> None:
+        graphs = TrtGraphs(bundle, CPU, "tensorrt-rtx")
+        assert graphs.has("dit.pre") and not graphs.has("other") and not graphs.has("no such")
+        found = graphs.get("dit.pre")(inputs(9))
+        assert graphs.get("dit.pre") is graphs.get("dit.pre")
+        self.place.synchronise()
+        assert_same(found, inputs(9))
+        with pytest.raises(FormatError, match=r"no engine of other for .* 8\.9; .*8\.6"):
+            graphs.get("other")
+
+    @pytest.mark.parametrize(("card", "release"), [(120, "1.7.1.116"), (89, "1.8.0.1")])
+    def test_other_cards_and_releases_are_refused(
+        self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, card: int, release: str
+    ) -> None:
+        monkeypatch.setattr(self.place, "compute_capability", card)
+        monkeypatch.setattr(fake, "__version__", release)
+        with pytest.raises(FormatError, match=f"has no engine for tensorrt-rtx {release} on"):
+            TrtGraphs(bundle, CPU, "tensorrt-rtx")
 
 
 class TestCompiledKernels:

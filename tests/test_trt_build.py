@@ -15,7 +15,7 @@ from wanrt.config import MODELS, NANO
 from wanrt.engine.manifest import Input
 from wanrt.engine.ort import OrtRunner
 from wanrt.errors import FormatError, UsageError
-from wanrt.export import dit, engines, onnx, rtx, trt
+from wanrt.export import dit, engine_set, engines, onnx, rtx, trt
 from wanrt.export.part import Part
 
 pytest.importorskip("tensorrt_rtx", reason="the builder is not installed (wanrt[rtx])")
@@ -77,7 +77,7 @@ def test_two_builds_give_the_same_bytes() -> None:
     if not first.reproducible:
         pytest.skip("this system does not let a process fix its addresses (personality)")
     assert [other.engine for other in others] == [first.engine] * 2
-    assert first.release == engines.release() and first.kind == "tensorrt-rtx"
+    assert first.release == engine_set.release() and first.kind == "tensorrt-rtx"
     assert len(first.engine) <= 4 * MEGABYTE and engines.fused(part, first) is None
 
 
