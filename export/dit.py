@@ -22,7 +22,10 @@ from wanrt.config import DitSpec
 from wanrt.export.part import Axis, Multiple, Part, Value, cast
 from wanrt.kernels import registry
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
+from wanrt.models.eight_bit import policy_formats
 from wanrt.models.layers import CrossAttention, CrossKV, Ops
+from wanrt.quant.formats import LinearFormat
+from wanrt.quant.policy import EightBit
 
 OPS = Ops(*(registry.function(name, "onnx") for name in Ops._fields))
 FP32 = torch.float32
@@ -41,6 +44,14 @@ FRAMES, ROWS, COLUMNS = (
         ("columns", 1, 52, 256, 7),
     )
 )
+
+# Where the weights of a part are in the model; the policy names none of the other parts.
+_PLACES = {
+    **dict.fromkeys(("dit.pre", "dit.post", "dit.block"), "blocks.0."),
+    "dit.kv": "blocks.0.cross_attn.",
+    "dit.before": "vace_blocks.0.before_proj.",
+    "dit.after": "vace_blocks.0.after_proj.",
+}
 
 
 def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
@@ -81,6 +92,21 @@ def attention(dit: WanDiT, dtype: torch.dtype) -> Part:
     shape = (1, TOKENS, spec.num_heads, spec.head_dim)
     inputs = tuple(Value(name, dtype, shape) for name in ("q", "k", "v"))
     return Part("dit.attention", dit.blocks[0], call, inputs, ("y",), tuple(_blocks(dit)))
+
+
+def formats(dit: WanDiT, part: Part, precision: EightBit) -> dict[str, LinearFormat]:
+    """Of the weights of one of its parts, by their names in it, as `quant.policy` has them.
+
+    Those of weights that its graph does not use are among them; empty where the policy names none.
+    """
+    place = _PLACES.get(part.name)
+    if place is None:
+        return {}
+    return {
+        name.removeprefix(place): form
+        for name, form in policy_formats(dit, precision).items()
+        if name.startswith(place)
+    }
 
 
 def empty(spec: DitSpec, dtype: torch.dtype) -> WanDiT:

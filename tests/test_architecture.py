@@ -107,6 +107,10 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     "cryptography": {
         "wanrt/engine/trust.py": "Ed25519 for bundles; its home, keys.py, has certificates",
     },
+    "onnx_ir": {
+        "export/qdq.py": "rewrites graphs; their home, onnx.py, traces and embeds",
+        "export/rtx.py": "likewise",
+    },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
         "wanrt/cli_plan.py": "likewise",

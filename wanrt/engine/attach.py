@@ -25,7 +25,7 @@ _TOKEN_AXIS = {"x": 1, "y": 1, "level": 1, "freqs": 0}  # of the inputs that hav
 
 
 def attach(kind: Kind, module: nn.Module, graphs: Graphs) -> nn.Module:
-    """The model whose arithmetic is done by graphs; raises FormatError where one is missing."""
+    """The model, its arithmetic done by those graphs that there are."""
     match kind:
         case "dit":
             _attach_dit(module, graphs)
@@ -80,71 +80,84 @@ def _rows(name: str, tensor: Tensor | None, rows: slice) -> Tensor | None:
     return tensor[rows] if _TOKEN_AXIS[name] == 0 else tensor[:, rows]
 
 
-def _graph(graphs: Graphs, name: str, index: int | None = None) -> Runner:
+def _graph(graphs: Graphs, name: str, index: int) -> Runner:
     """That of a block by its own number, where weights are embedded, else that of every block."""
     own = f"{name}.{index}"
-    return graphs.get(own if index is not None and graphs.has(own) else name)
+    return graphs.get(own if graphs.has(own) else name)
 
 
-def _replace(module: nn.Module, runner: Runner, *names: str) -> None:
-    """Have a graph with one output do what the module did."""
-    call, (output,) = Call(runner, module), runner.outputs
+def _has(graphs: Graphs, name: str, index: int) -> bool:
+    return graphs.has(name) or graphs.has(f"{name}.{index}")
+
+
+def _replace(graphs: Graphs, name: str, module: nn.Module, *inputs: str, index: int = 0) -> None:
+    """Have a graph do what a module does, one of several alike, where the bundle has it."""
+    if not _has(graphs, name, index):
+        return
+    call = Call(_graph(graphs, name, index), module)
 
     def forward(*tensors: Tensor) -> Tensor:
-        return call(**dict(zip(names, tensors, strict=True)))[output]
+        return call(**dict(zip(inputs, tensors, strict=True)))["out"]
 
     module.forward = forward
 
 
-def _replace_by_token(module: nn.Module, runner: Runner) -> None:
+def _replace_by_token(graphs: Graphs, name: str, index: int, module: nn.Module) -> None:
     """The same for a module of tokens, any number of them."""
-    call, (output,) = Call(runner, module), runner.outputs
-    module.forward = lambda x: call.by_token(x=x)[output]
+    if _has(graphs, name, index):
+        call = Call(_graph(graphs, name, index), module)
+        module.forward = lambda x: call.by_token(x=x)["out"]
 
 
 def _attach_umt5(encoder: Umt5Encoder, graphs: Graphs) -> None:
-    if graphs.has("umt5.embed"):
-        _replace(encoder.token_embedding, graphs.get("umt5.embed"), "ids")
+    _replace(graphs, "umt5.embed", encoder.token_embedding, "ids")
     for i, block in enumerate(encoder.blocks):
-        _replace(block, _graph(graphs, "umt5.block", i), "x", "buckets", "pad")
-    _replace(encoder.norm, graphs.get("umt5.norm"), "x")
+        _replace(graphs, "umt5.block", block, "x", "buckets", "pad", index=i)
+    _replace(graphs, "umt5.norm", encoder.norm, "x")
 
 
 def _attach_clip(clip: ClipVision, graphs: Graphs) -> None:
-    embed = Call(graphs.get("clip.embed"), clip)
-    clip.embed = lambda pixels: embed(pixels=pixels)["out"]
+    if graphs.has("clip.embed"):
+        embed = Call(graphs.get("clip.embed"), clip)
+        clip.embed = lambda pixels: embed(pixels=pixels)["out"]
     for i, block in enumerate(clip.transformer):
-        _replace(block, _graph(graphs, "clip.block", i), "x")
+        _replace(graphs, "clip.block", block, "x", index=i)
 
 
 def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
-    _replace(dit.patch_embedding, graphs.get("dit.patch"), "latents")
-    _replace(dit.text_embedding, graphs.get("dit.text"), "context")
-    _replace(dit.time_embedding, graphs.get("dit.time"), "sinusoid")
-    _replace(dit.time_projection, graphs.get("dit.time_projection"), "e")
+    _replace(graphs, "dit.patch", dit.patch_embedding, "latents")
+    _replace(graphs, "dit.text", dit.text_embedding, "context")
+    _replace(graphs, "dit.time", dit.time_embedding, "sinusoid")
+    _replace(graphs, "dit.time_projection", dit.time_projection, "e")
     if dit.spec.image_dim is not None:
-        _replace(dit.img_emb, graphs.get("dit.image"), "image")
+        _replace(graphs, "dit.image", dit.img_emb, "image")
     for i, block in enumerate(dit.blocks):
         _attach_block(block, graphs, i)
-    head = Call(graphs.get("dit.head"), dit.head)
-    dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
+    if graphs.has("dit.head"):
+        head = Call(graphs.get("dit.head"), dit.head)
+        dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
     if dit.spec.vace_layers:
-        _replace(dit.vace_patch_embedding, graphs.get("dit.vace_patch"), "latents")
-        _replace_by_token(dit.vace_blocks[0].before_proj, graphs.get("dit.before"))
+        _replace(graphs, "dit.vace_patch", dit.vace_patch_embedding, "latents")
+        _replace_by_token(graphs, "dit.before", 0, dit.vace_blocks[0].before_proj)
         for j, side in enumerate(dit.vace_blocks):
             _attach_block(side, graphs, len(dit.blocks) + j)
-            _replace_by_token(side.after_proj, _graph(graphs, "dit.after", j))
+            _replace_by_token(graphs, "dit.after", j, side.after_proj)
 
 
 def _attach_block(block: Block, graphs: Graphs, index: int) -> None:
     """In two parts around the native attention where the bundle has them, else whole."""
-    kv = Call(_graph(graphs, "dit.kv", index), block.cross_attn)
-    block.cross_attn.prepare = lambda context, image: CrossKV(
-        *kv(context=context, image=image).values()
-    )
-    if graphs.has("dit.pre"):
+    if _has(graphs, "dit.kv", index):
+        kv = Call(_graph(graphs, "dit.kv", index), block.cross_attn)
+        block.cross_attn.prepare = lambda context, image: CrossKV(
+            *kv(context=context, image=image).values()
+        )
+    if _has(graphs, "dit.pre", index):
         _attach_parts(block, graphs, index)
-        return
+    elif _has(graphs, "dit.block", index):
+        _attach_whole(block, graphs, index)
+
+
+def _attach_whole(block: Block, graphs: Graphs, index: int) -> None:
     whole = Call(_graph(graphs, "dit.block", index), block)
 
     def forward(
