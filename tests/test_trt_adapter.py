@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -210,8 +211,9 @@ class TestGraphsOfABundle:
         names = ("dit.pre.engine", "other.engine", "dit.pre.onnx", "other.onnx", "licence.txt")
         contents = {name: engine() for name in names[:2]} | {name: data for name in names[2:4]}
         contents |= {names[4]: b"Apache License"}
-        made = bundle_files.manifest(
-            contents,
+        made = replace(
+            bundle_files.manifest(),
+            members=bundles.members_of(contents),
             graphs=(
                 Graph("dit.pre", names[2], "fp32", False, 23, ranges),
                 Graph("other", names[3], "fp32", False, 23, ranges),

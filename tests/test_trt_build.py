@@ -15,8 +15,10 @@ from wanrt.config import MODELS, NANO
 from wanrt.engine.manifest import Input
 from wanrt.engine.ort import OrtRunner
 from wanrt.errors import FormatError, UsageError
-from wanrt.export import dit, engine_set, engines, onnx, rtx, trt
-from wanrt.export.part import Part
+from wanrt.export import dit, engine_set, engines, onnx, qdq, rtx, trt
+from wanrt.export.part import Axis, Part, Value
+from wanrt.models.layers import Linear
+from wanrt.quant.formats import FP8, INT8_ROTATED, INT8_WEIGHTS, LinearFormat
 
 pytest.importorskip("tensorrt_rtx", reason="the builder is not installed (wanrt[rtx])")
 
@@ -98,6 +100,44 @@ def eight_bit(dtype: ir.DataType) -> bytes:
         }}"""
     )
     return onnx.serialise(graph)
+
+
+@cache
+def product() -> tuple[onnx.Model, Part]:
+    """The first product of the 1.3B's feed-forward, for 8192 tokens."""
+    tokens = Axis("L", 4, 8192, 8192, trace=40)
+    module = Linear(1536, 8960, device="meta", dtype=BF16)
+    x = Value("x", BF16, (1, tokens, 1536))
+    part = Part("product", module, lambda module, x: module(x), (x,), ("y",), ("",))
+    return onnx.trace(part), part
+
+
+WIDENED = 1536 * 8960 * 2  # bytes of its weight in bf16
+
+
+@pytest.mark.parametrize(
+    ("form", "card"), [(INT8_ROTATED, 86), (INT8_ROTATED, 120), (FP8, 89), (FP8, 120)]
+)
+def test_eight_bit_products_stay_so_where_weights_are_inputs(form: LinearFormat, card: int) -> None:
+    """They work in the same memory as with weights within, where there is no wide copy of one."""
+    plain, part = product()
+    model = qdq.quantise(plain, {"weight": form})
+    given = {
+        "weight": torch.ones(8960, 1536).to(form.dtype),
+        "weight_scale": torch.ones(8960, 1),
+        "bias": torch.ones(8960, dtype=BF16),
+    }
+    embedded = onnx.embed(model, given)
+    ours, theirs = (build(one, part, card) for one in (model, embedded))
+    assert ours.workspace == theirs.workspace
+    assert len(ours.engine) < MEGABYTE < 1536 * 8960 < len(theirs.engine)
+
+
+def test_a_weight_that_is_widened_shows_in_the_memory() -> None:
+    """So that the test above can fail: formats of weights alone multiply in bf16."""
+    plain, part = product()
+    model = qdq.quantise(plain, {"weight": INT8_WEIGHTS})
+    assert WIDENED < build(model, part, 89).workspace < 2 * WIDENED
 
 
 def test_fp8_is_refused_on_ampere() -> None:
