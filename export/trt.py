@@ -137,9 +137,10 @@ def _cards(capabilities: tuple[int, ...], flavour: Flavour) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Little and always the same, so that the process begins in the same state."""
-    kept = ("SYSTEMROOT", "LD_LIBRARY_PATH", "HOME")
-    return {"PYTHONHASHSEED": "0"} | {key: os.environ[key] for key in kept if key in os.environ}
+    """Little, and always the same variables, so that the process begins in the same state."""
+    kept = {name: os.environ.get(name, "") for name in ("SYSTEMROOT", "LD_LIBRARY_PATH")}
+    always = {"PYTHONHASHSEED": "0", "HOME": os.environ.get("HOME", "/")}
+    return always | {name: value for name, value in kept.items() if value}
 
 
 def _failed(
