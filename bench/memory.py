@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from wanrt.config import MODELS, WanSpec
+from wanrt.config import MODELS
 from wanrt.errors import BudgetError
 from wanrt.memory.budget import GIB, gib
 from wanrt.memory.placement import TEXT_ROWS, TYPICAL, Ask
-from wanrt.memory.plan import Plan, make_plan, smallest_budget
+from wanrt.memory.plan import Plan, plan_for_any_text
+from wanrt.memory.question import Question
 
 BUDGETS = (8, 10, 12, 16)  # GiB
 PRECISIONS = ("bf16", "fp8", "int8")
@@ -43,28 +44,29 @@ def rows() -> Iterator[Row]:
             side = spec.vae.spatial_stride * 2
             ask = Ask(width, height // side * side, NUM_FRAMES, image=spec.task != "t2v")
             for precision in PRECISIONS:
-                plans = [_plan(spec, ask, precision, budget * GIB) for budget in BUDGETS]
+                question = Question(spec, ask, precision, RAM)
+                plans = [_plan(question, budget * GIB) for budget in BUDGETS]
                 peaks = tuple(None if p is None else round(p.peak / GIB, 2) for p in plans)
-                least = smallest_budget(spec, ask, precision, RAM)
-                least = math.ceil(least / GIB * 100) / 100
+                least = math.ceil(question.least() / GIB * 100) / 100
                 yield Row(spec.id, name, precision, least, peaks, tuple(map(_note, plans)))
 
 
-def _plan(spec: WanSpec, ask: Ask, precision: str, budget: int) -> Plan | None:
+def _plan(question: Question, budget: int) -> Plan | None:
     try:
-        return make_plan(spec, ask, precision, budget, RAM)
+        return plan_for_any_text(question, budget)
     except BudgetError:
         return None
 
 
 def _note(plan: Plan | None) -> str:
     """s: blocks stream; f: some come from their file; b: the VAE works in bands; h: its caches are
-    in host memory."""
+    in host memory; t and a number: longer texts do not fit."""
     if plan is None:
         return ""
     step, work = plan.placement("step"), plan.work("decode")
     marks = {"s": step.slots, "f": step.mapped, "b": work.band, "h": work.host}
-    return "".join(mark for mark, there in marks.items() if there)
+    shorter = f" t{plan.ask.text_rows}" if plan.ask.text_rows < TEXT_ROWS else ""
+    return ("".join(mark for mark, there in marks.items() if there) + shorter).strip()
 
 
 def markdown() -> str:

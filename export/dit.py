@@ -45,14 +45,6 @@ FRAMES, ROWS, COLUMNS = (
     )
 )
 
-# Where the weights of a part are in the model; the policy names none of the other parts.
-_PLACES = {
-    **dict.fromkeys(("dit.pre", "dit.post", "dit.block"), "blocks.0."),
-    "dit.kv": "blocks.0.cross_attn.",
-    "dit.before": "vace_blocks.0.before_proj.",
-    "dit.after": "vace_blocks.0.after_proj.",
-}
-
 
 def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
     """Every graph of a transformer that has the ops of ONNX; `dtype` is that of its products.
@@ -99,9 +91,7 @@ def formats(dit: WanDiT, part: Part, precision: EightBit) -> dict[str, LinearFor
 
     Those of weights that its graph does not use are among them; empty where the policy names none.
     """
-    place = _PLACES.get(part.name)
-    if place is None:
-        return {}
+    place = f"{part.homes[0]}."
     return {
         name.removeprefix(place): form
         for name, form in policy_formats(dit, precision).items()

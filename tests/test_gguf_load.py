@@ -23,6 +23,7 @@ from wanrt.components import Components
 from wanrt.config import NANO, Lora, Umt5Spec, WanSpec
 from wanrt.errors import FormatError
 from wanrt.loras import Shelf
+from wanrt.memory.meter import metered
 from wanrt.memory.placement import Placement
 from wanrt.models import layers, spiece
 from wanrt.models.packed import PackedEmbedding, PackedLinear
@@ -410,6 +411,40 @@ def test_the_whole_model(
         monkeypatch.setattr(Components, "_placement", lambda self, name: where.get(name))
     assert torch.equal(latents(folders.packed), expected)
     assert keeps == [streams, streams]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_packed_weights_are_planned_as_they_lie(
+    resident: int, precision: str, folders: Folders
+) -> None:
+    """The ring, what waits and what stays, to the byte; and no pass holds more than was planned."""
+    pipe = Pipeline.load(str(folders.packed), precision=precision, vram="64G")
+    started = pipe.start("a red circle moving right", decode=False, **SMALL)
+    options = started.plan.question.phases["step"]
+    option = next(o for o in options if o.placement.num_resident == resident)
+    pipe.components.clear()
+    started.plan = replace(
+        started.plan, keep=False, options=started.plan.options | {"step": option}
+    )
+    pipe.components.follow(started.plan)
+    dit = pipe.components.dit()
+    stream = dit.weight_stream
+    assert sum(slot.buffer.nbytes for slot in stream._free) == option.phase.ring
+    staging = sum(slot.staging.nbytes for slot in stream._free)
+    waiting = sum(stop.host.nbytes for stop in stream._stops.values() if stop.host is not None)
+    assert (waiting, staging) == (option.placement.pinned, option.placement.staging)
+    stays = sum(p.nbytes for p in dit.parameters() if p.device.type == "cpu")
+    assert stays == option.phase.weights
+    pipe.components.clear()
+    with metered(CPU) as meter:
+        pipe.denoise(started)
+    assert 0 < meter.peak <= option.phase.peak
+    plain = Pipeline.load(str(folders.plain), precision=precision, vram="64G")
+    asked = plain.start("a red circle moving right", decode=False, **SMALL).plan.question
+    unpacked = next(o for o in asked.phases["step"] if o.placement.num_resident == resident)
+    assert option.phase.ring < unpacked.phase.ring / 3
+    assert options[0].phase == asked.phases["step"][0].phase  # whole, both are unpacked at load
 
 
 def test_loras_of_a_pipeline_beside_packed_weights(

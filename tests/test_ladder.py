@@ -88,6 +88,43 @@ def test_a_refused_decode_goes_on_where_it_was(zoo: Any, monkeypatch: pytest.Mon
     assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("phase,times", [("text", 1), ("step", 2)])
+def test_what_a_refusal_taught_is_kept(
+    phase: str, times: int, zoo: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The next request begins where the last one ended; another pipeline knows nothing of it."""
+    calls = refuse(monkeypatch, phase, lambda call: call < times)
+    pipe = zoo.open("nano", vram="64G")
+    first = pipe.start("a circle", **SETTINGS)
+    expected = pipe.denoise(first)
+    assert caplog.text.count(f"memory ran out ({phase})") == times
+    taught = pipe.components.lessons
+    assert taught.apart and list(taught.most) == [phase] * (times - 1)
+    assert all(first.plan.options[phase].phase.peak <= most for most in taught.most.values())
+    caplog.clear()
+    calls[:] = range(times)
+    second = pipe.start("a circle of another kind", **SETTINGS)
+    pipe.denoise(second)
+    assert "memory ran out" not in caplog.text and second.plan == first.plan
+    assert second.plan.lessons == taught
+    fresh = zoo.open("nano", vram="64G").start("a circle", **SETTINGS)
+    assert fresh.plan.keep and fresh.plan.lessons.most == {}
+    assert torch.equal(pipe.denoise(pipe.start("a circle", **SETTINGS)), expected)
+
+
+def test_a_run_that_began_before_learns_too(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    pipe = zoo.open("nano", vram="64G")
+    early, late = (pipe.start(text, **SETTINGS) for text in ("a circle", "a blue square"))
+    refuse(monkeypatch, "step", lambda call: call < 2)
+    pipe.denoise(late)
+    assert caplog.text.count("memory ran out") == 2
+    pipe.denoise(early)
+    assert caplog.text.count("memory ran out") == 2
+    assert early.plan.lessons == late.plan.lessons == pipe.components.lessons
+
+
 def test_the_ladder_has_an_end(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = refuse(monkeypatch, "step", lambda call: True)
     with pytest.raises(BudgetError, match=r"memory ran out \(step\).*--frames") as error:

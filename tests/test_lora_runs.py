@@ -17,6 +17,7 @@ import wanrt
 from wanrt import cli
 from wanrt.adapter import Adapter
 from wanrt.config import Lora
+from wanrt.denoiser import schedule_of
 from wanrt.errors import FormatError, UsageError
 from wanrt.loras import Shelf
 from wanrt.weights.load import load_component
@@ -272,7 +273,7 @@ def test_a_preset_is_the_schedule_of_its_lora(zoo: Any) -> None:
     pipe = zoo.open(A14B)
     request = pipe.check(wanrt.GenerateConfig("x", preset="lightx2v-4step"))
     assert not request.guided
-    timesteps, _ = pipe._schedule(request)
+    timesteps, _ = schedule_of(request)
     torch.testing.assert_close(
         timesteps.double(), torch.tensor([1e3, 937.5, 833.3333, 625]).double()
     )

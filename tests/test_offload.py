@@ -138,8 +138,13 @@ def test_blocks_that_stay_are_spread_evenly() -> None:
 
 
 def test_host_memory_that_is_short_sends_the_rest_to_the_file() -> None:
-    where = place([100] * 10, num_resident=2, pinned_room=350)
-    assert (where.num_pinned, where.pinned, where.mapped) == (3, 300, 500)
+    where = place([100] * 10, num_resident=2, room=550)  # two buffers take 200 of it
+    assert (where.num_pinned, where.pinned, where.mapped, where.staging) == (3, 300, 500, 200)
+    assert where.host == 500
+    where = place([100] * 10, num_resident=2, room=900, from_file=30)
+    assert (where.num_pinned, where.mapped, where.staging) == (8, 0, 60)
+    where = place([100] * 10, num_resident=2, room=0, from_file=30)
+    assert (where.num_pinned, where.mapped, where.staging) == (0, 800, 200)
     assert place([100] * 10, 10, 0) == Placement(10, 10)
 
 

@@ -13,25 +13,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import BudgetError
 from wanrt.kernels import registry
-from wanrt.memory.budget import GIB
+from wanrt.memory.budget import GIB, HOST_FIXED
 from wanrt.memory.dit_bytes import (
     FORMATS,
     Tokens,
     activation_bytes,
+    attention_extra,
     count_tokens,
     dit_weights,
     latent_bytes,
 )
 from wanrt.memory.measure import LiveBytes
-from wanrt.memory.phases import attention_extra, decode_options
+from wanrt.memory.packed_bytes import PackedWeights
+from wanrt.memory.phases import decode_options
 from wanrt.memory.placement import TYPICAL, Ask
-from wanrt.memory.plan import HOST_FIXED, make_plan
+from wanrt.memory.plan import make_plan, plan_for_any_text
+from wanrt.memory.question import Question
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
 from wanrt.memory.vae_costs import vae_weights
 from wanrt.models.dit import Block, CrossKV, TextCache, TimeEmbedding, WanDiT
 from wanrt.models.eight_bit import make_eight_bit, policy_formats
 from wanrt.models.layers import Chosen, Ops
+from wanrt.models.packed import packed
 from wanrt.models.quantized import EightBitOps, Products, QuantizedLinear, Quantizers
+from wanrt.quant.gguf_blocks import FORMATS as BLOCKS
+from wanrt.quant.gguf_blocks import BlockFormat
 from wanrt.quant.policy import ATTENTION, EightBit
 from wanrt.weights.load import skeleton
 
@@ -121,7 +127,7 @@ def use_backend(dit: WanDiT, precision: EightBit, backend: str) -> None:
 @torch.inference_mode()
 def traced_step(
     spec: WanSpec, tokens: Tokens, size: tuple[int, int, int], dtype: torch.dtype,
-    backend: str, branches: int, precision: EightBit | None = None
+    backend: str, branches: int, precision: EightBit | None = None, form: BlockFormat | None = None
 ) -> int:  # fmt: skip
     """Peak bytes of a forward pass of some blocks at real sizes, in fake tensors."""
     d, text = spec.dit, []
@@ -129,6 +135,9 @@ def traced_step(
         dit = WanDiT(d, ops_of(backend))
         if precision is not None:
             use_backend(dit, precision, backend)
+        for name, part in list(dit.blocks.named_modules()):
+            if form is not None and isinstance(part, nn.Linear):
+                dit.blocks.set_submodule(name, packed(part, form, dtype))
         fill(dit, dtype)
         rows = torch.empty(1, d.num_heads, tokens.text, d.head_dim, dtype=dtype)
         image = torch.empty(1, d.num_heads, tokens.image, d.head_dim, dtype=dtype)
@@ -177,6 +186,22 @@ def test_a_traced_eight_bit_step_peaks_where_the_plan_says(
     assert planned <= measured * (1 + SHARE)
 
 
+@pytest.mark.parametrize("width,height", [(832, 480), (256, 256)])
+def test_a_traced_step_of_packed_blocks_peaks_where_the_plan_says(width: int, height: int) -> None:
+    """Beside the tokens, the matrices that are unpacked: of a long feed-forward both at once."""
+    spec = MODELS["wan2.1-t2v-1.3b"]
+    spec = replace(spec, dit=replace(spec.dit, num_layers=1))
+    tokens = count_tokens(spec, width, height, 81, text=60)
+    size = (21, height // 8, width // 8)
+    form = next(one for one in BLOCKS.values() if one.name == "Q4_K")
+    measured = traced_step(spec, tokens, size, torch.bfloat16, "triton", 1, form=form)
+    weights = PackedWeights((), 0, 0, matrices=True, table=0)
+    planned = activation_bytes(spec.dit, tokens, 2, 1, fused=True, packed=weights)
+    assert measured <= planned + latent_bytes(spec.dit, tokens)
+    assert planned <= measured * (1 + SHARE) + weights.scratch
+    assert planned > activation_bytes(spec.dit, tokens, 2, 1, fused=True)
+
+
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("model,width,height,frames", TRACED)
@@ -199,6 +224,29 @@ def test_a_traced_step_peaks_where_the_plan_says(
     assert planned <= measured * (1 + SHARE)
 
 
+def failing(error: BudgetError) -> str:
+    """The phase that does not fit."""
+    return str(error).partition(" (")[2].partition(")")[0]
+
+
+def failing_with(question: Question, budget: int) -> str | None:
+    try:
+        plan_for_any_text(question, budget)
+    except BudgetError as error:
+        return failing(error)
+    return None
+
+
+def test_host_memory_that_is_too_little_is_named() -> None:
+    question = Question(MODELS["wan2.1-i2v-14b-720p"], Ask(1280, 720, 81), "bf16", 3 * GIB)
+    with pytest.raises(BudgetError, match=r"beside 3.00 GiB of host memory \(step\)") as error:
+        plan_for_any_text(question, 8 * GIB)
+    enough = re.search(r"--ram ([0-9.]+)G", str(error.value))
+    assert enough
+    plan = plan_for_any_text(replace(question, ram=int(float(enough[1]) * GIB)), 8 * GIB)
+    assert plan.placement("step").num_pinned == 0 and plan.host > GIB
+
+
 BARS = [  # model, size, precision, GB at most: what the released models must fit
     ("wan2.1-t2v-1.3b", (832, 480), "bf16", 4.0),
     ("wan2.1-t2v-14b", (832, 480), "int8", 6.0),
@@ -212,12 +260,14 @@ BARS = [  # model, size, precision, GB at most: what the released models must fi
 def test_released_models_fit_small_cards(
     model: str, size: tuple[int, int], precision: str, gigabytes: float
 ) -> None:
-    plan = make_plan(MODELS[model], Ask(*size, 81), precision, int(gigabytes * 1e9), 32 * GIB)
-    assert plan.peak <= gigabytes * 1e9
+    question = Question(MODELS[model], Ask(*size, 81), precision, 32 * GIB)
+    plan = plan_for_any_text(question, int(gigabytes * 1e9))
+    assert plan.peak <= gigabytes * 1e9 and plan.ask.text_rows >= 256
 
 
 def test_the_1_3b_stays_whole_in_5_gb() -> None:
-    plan = make_plan(MODELS["wan2.1-t2v-1.3b"], Ask(832, 480, 81), "bf16", int(5e9), 32 * GIB)
+    question = Question(MODELS["wan2.1-t2v-1.3b"], Ask(832, 480, 81), "bf16", 32 * GIB)
+    plan = make_plan(question, int(5e9))
     assert plan.placement("step").slots == 0
 
 
@@ -246,21 +296,27 @@ def test_a_plan_fits_or_says_what_would(
     precision: str, guided: bool,
 ) -> None:  # fmt: skip
     spec, ask = MODELS[model], Ask(32 * width, 32 * height, 4 * frames + 1, guided, image=True)
+    question = Question(spec, ask, precision, ram * GIB)
     try:
-        plan = make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+        plan = make_plan(question, budget * GIB)
     except BudgetError as error:
         vram = re.search(r"--vram ([0-9.]+)G", str(error))
         assert vram, str(error)
         enough = int(float(vram[1]) * GIB)
         assert enough > budget * GIB
-        assert make_plan(spec, ask, precision, enough, ram * GIB).peak <= enough
+        assert make_plan(question, enough).peak <= enough
         shorter = re.search(r"--frames ([0-9]+)", str(error))
         if shorter:
             ask = replace(ask, num_frames=int(shorter[1]))
-            assert make_plan(spec, ask, precision, budget * GIB, ram * GIB)
+            assert make_plan(replace(question, ask=ask), budget * GIB)
+        more = re.search(r"--ram ([0-9.]+)G", str(error))
+        if more:
+            enough = int(float(more[1]) * GIB)
+            assert enough > ram * GIB
+            assert failing(error) != failing_with(replace(question, ram=enough), budget * GIB)
         return
     assert plan.peak <= budget * GIB
-    assert plan.pinned <= max(0, ram * GIB - HOST_FIXED)
+    assert plan.host <= max(0, ram * GIB - HOST_FIXED)
     step = plan.placement("step")
     assert len(step.resident()) == step.num_resident
     assert (step.slots == 0) == (step.num_resident == step.num_blocks)

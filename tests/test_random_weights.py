@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanrt.config import MODELS, WanSpec
+from wanrt.config import MODELS, WanSpec, find_variant
 from wanrt.errors import OutputError, UsageError
 from wanrt.weights.detect import describe
 from wanrt.weights.layouts import Layout
 from wanrt.weights.load import load_component
 from wanrt.weights.parts import find_component
-from wanrt.weights.random import find_variant, random_values, write_random
+from wanrt.weights.random import random_values, write_random
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from wanrt.config import NANO, VIDEO_NEGATIVE
 from wanrt.errors import FormatError, UsageError
-from wanrt.models.tokenizer import MAX_PROMPT_BYTES, Tokenizer, clean
+from wanrt.models.prompt import MAX_PROMPT_BYTES
+from wanrt.models.tokenizer import Tokenizer, clean
 from wanrt.nano import language, vocabulary
 
 UMT5_JSON = Path(__file__).resolve().parents[2] / "shared" / "data" / "umt5_tokenizer.json"

@@ -1,12 +1,13 @@
 """The bytes predicted for a VAE against the storage its modules allocate, at real sizes."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from wanrt.config import MODELS, VaeSpec, VaeWork
+from wanrt.config import MODELS, NANO, VaeSpec, VaeWork
 from wanrt.kernels import channel_norm, conv
 from wanrt.kernels.torch_conv import rms_norm_channels
 from wanrt.memory.measure import LiveBytes
@@ -144,6 +145,18 @@ def test_bands_and_hosts_take_caches_off_the_device(side: str) -> None:
     assert whole.caches < in_time.caches and by_band.caches < whole.caches / 2
     hosted = predict(spec, *size, VaeWork(1, band=10, host=True))
     assert hosted.caches == 0 and hosted.activations > in_time.activations
+
+
+@pytest.mark.parametrize("band", [None, 4])
+def test_caches_in_host_memory_are_counted(band: int | None) -> None:
+    spec, work = NANO.vae, VaeWork(1, band=band, host=True)
+    vae = WanVAE(spec)
+    with torch.inference_mode():
+        for _, state in vae.decode_chunks(torch.randn(1, spec.z_dim, 3, 8, 8), work=work):
+            held = cache_bytes(state)
+    predicted = decode_bytes(spec, 64, 64, 4, work)
+    assert held == predicted.host > 0 and predicted.caches == 0
+    assert predicted.host == decode_bytes(spec, 64, 64, 4, replace(work, host=False)).caches
 
 
 def test_a_still_clip_keeps_a_little_more() -> None:

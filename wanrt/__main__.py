@@ -1,8 +1,17 @@
-"""`python -m wanrt` does what the command `wanrt` does."""
+"""Where the command `wanrt` begins: a plan is there before torch would be, the rest needs torch."""
 
 import sys
 
-from wanrt.cli import main
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["plan"]:
+        from wanrt.cli_plan import main as verb
+    else:
+        from wanrt.cli import main as verb
+    verb(args)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,6 @@
 """The command line: parse, call, print. Progress goes to stderr, results to stdout."""
 
 import json
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -12,13 +10,19 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-import wanrt
-from wanrt import cli_bundle, cli_export, cli_plan, cli_provenance, cli_quantize, cli_tools
+from wanrt import (
+    cli_bundle,
+    cli_export,
+    cli_plan,
+    cli_provenance,
+    cli_quantize,
+    cli_tools,
+    command,
+)
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
-from wanrt.errors import UsageError, WanrtError
+from wanrt.errors import UsageError
 from wanrt.media.marking import Marking, Saved
 from wanrt.media.saving import Marker
 from wanrt.memory.budget import gib
@@ -29,25 +33,7 @@ from wanrt.progress import Bars
 from wanrt.tasks.limits import round_frames
 from wanrt.tasks.sizes import parse_size
 
-
-class _Verbs(TyperGroup):
-    """Ctrl-C in any verb is one line and exit code 130; typer's versions do not agree on it."""
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("wanrt: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-
-app = typer.Typer(
-    cls=_Verbs,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help=wanrt.__doc__,
-)
+app = command.new_app()
 
 _INPUTS, _MODEL, _SAMPLING, _OUTPUT = "Inputs", "Model", "Sampling", "Output"
 
@@ -259,10 +245,5 @@ def _print_result(saved: Saved, run: Run, plan: Plan | None, meter: Meter, as_js
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; a user's mistake never shows a traceback."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="wanrt: %(message)s")
-    try:
-        app(args, prog_name="wanrt")
-    except WanrtError as error:
-        print("wanrt:", "\\n".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(error.exit_code)
+    """Run the command line and exit with its code."""
+    command.run(app, args)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from wanrt.components import identify
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import OutputError, UsageError
+from wanrt.identity import identify
 from wanrt.memory.budget import gib
 from wanrt.progress import Bars
 from wanrt.weights.hub import resolve_model

@@ -1,73 +1,129 @@
-"""`wanrt plan`: where a request's bytes will be, said without weights and without a GPU."""
+"""`wanrt plan`: where a request's bytes will be, said without weights, without a GPU and at once.
+
+A released model's plan imports no torch; headers of checkpoints and LoRAs are read with it.
+"""
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_args
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from wanrt.components import memory_bytes, open_parts
-from wanrt.config import MODELS, WanSpec
+from wanrt.command import new_app, run
+from wanrt.config import MODELS, GenerateConfig, Precision, WanSpec, find_variant
 from wanrt.errors import UsageError
-from wanrt.memory.budget import gib, parse_bytes
+from wanrt.memory.budget import HOST_FIXED, gib
 from wanrt.memory.dit_bytes import FORMATS
-from wanrt.memory.placement import TEXT_ROWS, Ask
-from wanrt.memory.plan import Plan, make_plan
-from wanrt.planning import HOST_SHARE
-from wanrt.tasks import limits
+from wanrt.memory.packed_bytes import PackedWeights
+from wanrt.memory.plan import Plan, plan_for_any_text
+from wanrt.planning import Budgets, expected_machine, format_of, question_of
+from wanrt.presets import parse_loras
+from wanrt.request import NEEDS, Request, resolve, size_for
 from wanrt.tasks.sizes import parse_size
 from wanrt.weights.hub import resolve_model
-from wanrt.weights.parts import find_parts
-from wanrt.weights.random import find_variant
 
 WIDE = 160  # columns of a table that no terminal needs to wrap
-PRECISIONS = tuple(name for name in FORMATS if "/" not in name)
-_CPU = torch.device("cpu")
-_COLUMNS = ("phase", "weights", "ring", "streamed", "activations", "caches", "peak")
+_COLUMNS = ("phase", "weights", "ring", "streamed", "activations", "caches", "peak", "host")
+
+
+class _Model(NamedTuple):
+    """What is known of a model before its weights: `format` is that of its numbers."""
+
+    spec: WanSpec
+    format: str
+    packed: PackedWeights | None = None
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    frames: Annotated[int | None, typer.Option(help="4n+1.")] = None,
-    precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS) + ".")] = "bf16",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; a picture of that shape.")] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; 1 is an image.")] = None,
+    task: Annotated[str, typer.Option(help="i2v for a picture to TI2V-5B.")] = "auto",
+    guidance: Annotated[float | None, typer.Option(help="1 switches it off.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of a distilled LoRA.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE; repeatable.")] = None,
+    refs: Annotated[int, typer.Option(help="VACE: how many reference images.")] = 0,
+    precision: Annotated[str, typer.Option(help=", ".join(get_args(Precision)) + ".")] = "auto",
+    device: Annotated[str, typer.Option(help="cuda or cpu; it is not looked at.")] = "cuda",
     vram: Annotated[str | None, typer.Option(help="Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, typer.Option(help="Budget of host memory, as 32G.")] = None,
-    text_tokens: Annotated[int, typer.Option(help="Of the longer prompt.")] = TEXT_ROWS,
     offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what a request will hold on the device, phase by phase; reads no weights."""
-    if precision not in PRECISIONS:
-        choices = ", ".join(PRECISIONS)
-        raise UsageError(f"precision {precision!r} does not exist; choose of {choices}")
-    spec = _spec(model, offline)
+    for name, value, legal in (
+        ("precision", precision, get_args(Precision)),
+        ("device", device, ("cuda", "cpu")),
+    ):
+        if value not in legal:
+            raise UsageError(f"{name} {value!r} does not exist; choose of {', '.join(legal)}")
+    if refs < 0:
+        raise UsageError(f"refs is {refs}; it must be 0 or more")
+    budgets = Budgets.parse(vram, ram)
+    known = _released(model, precision) or _stored(model, precision, device, offline)
     width, height = parse_size(size)
-    width, height = width or spec.defaults.size[0], height or spec.defaults.size[1]
-    frames = spec.defaults.num_frames if frames is None else frames
-    limits.check_size(width, height, spec.vae.spatial_stride * 2)
-    limits.check_frames(frames)
-    ask = Ask(width, height, frames, image=spec.task != "t2v", text_rows=text_tokens)
-    host = parse_bytes(ram, "--ram") or int(HOST_SHARE * memory_bytes(_CPU))
-    made = make_plan(spec, ask, precision, parse_bytes(vram, "--vram"), host)
+    sampling = {"task": task, "guidance": guidance, "preset": preset, "refs": (0,) * refs}
+    asked = _request(known.spec, width=width, height=height, num_frames=frames, **sampling)
+    question = question_of(
+        known.spec,
+        asked,
+        known.format,
+        budgets,
+        expected_machine(device),
+        refs=refs,
+        lora=_lora_bytes(lora or [], known),
+        packed=known.packed,
+    )
+    made = plan_for_any_text(question, budgets.vram)
     if as_json:
         print(json.dumps(record(made)))
     else:
         show(made, Console(width=WIDE))
 
 
-def _spec(model: str, offline: bool) -> WanSpec:
-    """Of a released model by its id, else of what lies there, by its headers."""
-    if model.lower() in {key for name in MODELS for key in (name, name.partition("-")[2])}:
-        return find_variant(model)
+def _released(model: str, precision: Precision) -> _Model | None:
+    """A released model by its id."""
+    if model.lower() not in {key for name in MODELS for key in (name, name.partition("-")[2])}:
+        return None
+    spec = find_variant(model)
+    return _Model(spec, format_of(precision, spec))
+
+
+def _stored(model: str, precision: Precision, device: str, offline: bool) -> _Model:
+    """What lies there, by its headers."""
+    import torch
+
+    from wanrt.components import open_parts
+    from wanrt.weights.parts import find_parts
+
     path = resolve_model(model, offline=offline)
     parts = find_parts(path)
-    return open_parts(
-        parts, f"{model} {path} {parts.dit}", "auto", _CPU, False, lambda *_: None
-    ).spec
+    where = torch.device(device if torch.cuda.is_available() else "cpu")
+    name = f"{model} {path} {parts.dit}"
+    components = open_parts(parts, name, precision, where, False, lambda *_: None)
+    return _Model(components.spec, components.dtypes.format, components.packed)
+
+
+def _request(spec: WanSpec, task: str, **settings: Any) -> Request:
+    """With the pictures that the task needs, of the shape that is asked for."""
+    needed = NEEDS.get(spec.task if task == "auto" else task, ())
+    config = GenerateConfig("", task=task, **dict.fromkeys(needed, "a picture"), **settings)
+    request = resolve(config, spec)
+    return size_for(request, spec, request.width, request.height)
+
+
+def _lora_bytes(given: list[str], model: _Model) -> int:
+    """What they keep on the device, at most; reads headers. Raises FormatError."""
+    loras = parse_loras(given)
+    if not loras:
+        return 0
+    from wanrt.loras import Shelf
+
+    shelf = Shelf(model.spec)
+    shelf.check(loras)
+    return shelf.num_bytes(loras, FORMATS[model.format].other)
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -78,7 +134,8 @@ def show(plan: Plan, console: Console) -> None:
     for phase in plan.phases:
         numbers = (phase.weights, phase.ring, phase.streamed, phase.activations, phase.caches)
         peak = gib(plan.fixed + phase.peak)
-        table.add_row(phase.name, *(gib(n) if n else "-" for n in numbers), peak)
+        host = gib(phase.host) if phase.host else "-"
+        table.add_row(phase.name, *(gib(n) if n else "-" for n in numbers), peak, host)
     console.print(table, highlight=False)
     for line in summary(plan):
         console.print(line, highlight=False, soft_wrap=True)
@@ -93,6 +150,14 @@ def summary(plan: Plan) -> list[str]:
         f" {plan.precision}: peak {gib(plan.peak)} of {budget},"
         f" {gib(plan.fixed)} of it held by the process itself"
     ]
+    ram = plan.question.ram
+    if plan.host and ram is not None:
+        lines.append(
+            f"host memory: {gib(plan.host)} for the device and {gib(HOST_FIXED)} for the process"
+            f" itself, of {gib(ram)}"
+        )
+    if plan.ask.text_rows < plan.question.spec.dit.text_len:
+        lines.append(f"text: {plan.ask.text_rows} tokens at most, prompt and negative alike")
     if step.slots:
         lines.append(
             f"transformer: {step.num_resident} of {step.num_blocks} blocks stay, the others pass"
@@ -118,10 +183,19 @@ def record(plan: Plan) -> dict[str, Any]:
         "budget": plan.budget,
         "fixed": plan.fixed,
         "peak": plan.peak,
-        "pinned": plan.pinned,
+        "host": plan.host,
+        "ram": plan.question.ram,
         "guidance": plan.guidance,
         "keep": plan.keep,
         "phases": phases,
         "placement": asdict(plan.placement("step")),
         "decode": asdict(plan.work("decode")),
     }
+
+
+def main(args: list[str]) -> None:
+    """This verb alone."""
+    app = new_app()
+    app.callback()(lambda: None)
+    app.command()(plan)
+    run(app, args)

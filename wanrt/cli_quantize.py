@@ -7,8 +7,8 @@ from typing import Annotated, get_args
 
 import typer
 
-from wanrt.components import identify
 from wanrt.errors import UsageError
+from wanrt.identity import identify
 from wanrt.memory.budget import gib
 from wanrt.progress import Bars
 from wanrt.quant.policy import EightBit

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wanrt.components import identify
 from wanrt.config import MODELS, WanSpec
 from wanrt.errors import UsageError
+from wanrt.identity import identify
 from wanrt.loras import match
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
 from wanrt.weights.hub import resolve_model

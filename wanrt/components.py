@@ -1,9 +1,10 @@
 """The parts of a loaded model: each is read when it is first needed and let go when it is not."""
 
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,23 +12,29 @@ from torch import Tensor, nn
 
 from wanrt import env
 from wanrt.adapter import Adapter
-from wanrt.config import MODELS, Defaults, Lora, Precision, Task, WanSpec
-from wanrt.errors import FormatError, UsageError
+from wanrt.config import Lora, Precision, Task, WanSpec
+from wanrt.errors import UsageError
 from wanrt.guidance import Expert
+from wanrt.identity import check_fit, identify
 from wanrt.kernels import registry
 from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
+from wanrt.memory import host
+from wanrt.memory.dit_bytes import plain_precision
+from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
 from wanrt.memory.prompt_cache import PromptCache
+from wanrt.memory.question import Lessons
 from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
-from wanrt.weights.gguf_vocabulary import read_vocabulary
-from wanrt.weights.load import load_component, read_spiece, skeleton
+from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.names import Kind
+from wanrt.weights.packed import packed_weights
 from wanrt.weights.parts import Parts
+from wanrt.weights.vocabulary import read_tokenizer
 
 if TYPE_CHECKING:
     from wanrt.engine.opened import Engine
@@ -37,8 +44,6 @@ Report = Callable[[str, int, int], None]  # phase, done, total
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
-_UNTOLD_MEMORY = 8 << 30  # taken where the system does not say (Windows)
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
 
@@ -69,7 +74,7 @@ def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> 
 
     fp8 files are widened where the device does not multiply fp8.
     """
-    plain = "fp32" if dit.num_params <= _SMALL_PARAMS else "bf16"
+    plain = plain_precision(dit.num_params)
     if precision == "auto":
         precision = plain
         if dit.precision == "int8":
@@ -118,12 +123,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of the device, or of the machine."""
+    """All memory of the device, or what the process may have of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return _UNTOLD_MEMORY
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host.total_bytes()
 
 
 def streams(placement: Placement | None) -> bool:
@@ -145,10 +148,12 @@ class Components:
     plan: Plan | None = None  # of the request under way; None: everything stays on the device
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
     engine: "Engine | None" = None  # computes the parts that it serves; None: all is native
+    lessons: Lessons = field(default_factory=Lessons)  # of all refusals so far
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
     _notches: dict[str, int] = field(default_factory=dict)  # how often each became safer
+    _tokenizers: dict[Path | None, Tokenizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.spec)
@@ -163,6 +168,16 @@ class Components:
         for name in list(self._loaded):
             if self._placed[name] != self._placement(name):
                 self._drop(name)
+
+    def learn(self, lessons: Lessons) -> None:
+        """Plans made from now on keep to this, too."""
+        self.lessons = self.lessons.merged(lessons)
+
+    @cached_property
+    def packed(self) -> PackedWeights | None:
+        """Of transformers that GGUF files pack, where they stay so; reads headers."""
+        files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
+        return None if self.dtypes.eight_bit else packed_weights(files, self.dtypes.dit)
 
     def dit(self, expert: Expert = "high", loras: tuple[Lora, ...] = ()) -> nn.Module:
         """The transformer with a request's LoRAs; of two experts the one asked for, alone."""
@@ -220,21 +235,16 @@ class Components:
         return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
-        """From its own file, or from the text encoder's, where ComfyUI and llama.cpp embed it."""
-        if self.parts.tokenizer is not None:
-            return Tokenizer.load(self.parts.tokenizer)
-        self.parts.require("umt5")
-        vocabulary = read_vocabulary(self.parts.umt5)
-        if vocabulary is not None:
-            return Tokenizer.from_model(vocabulary, str(self.parts.umt5))
-        spiece = read_spiece(self.parts.umt5)
-        if spiece is None:
-            raise FormatError(
-                self.parts.umt5,
-                "comes without a tokenizer",
-                "put the model's tokenizer.json or spiece.model beside it",
-            )
-        return Tokenizer.from_spiece(spiece)
+        """Of this text encoder, read once: it is not among the parts that make room for others."""
+        source = self.parts.tokenizer or self.parts.umt5
+        if source not in self._tokenizers:
+            self._tokenizers = {source: read_tokenizer(self.parts)}
+        return self._tokenizers[source]
+
+    def lora_bytes(self, loras: tuple[Lora, ...] = ()) -> int:
+        """What the model's LoRAs and a request's keep on the device, at most."""
+        every = (*self.loras, *loras)
+        return self.shelf.num_bytes(every, self.dtypes.dit.itemsize) if every else 0
 
     def check_loras(self, loras: tuple[Lora, ...]) -> None:
         """Raises UsageError where an engine would compute without them."""
@@ -319,60 +329,6 @@ class Components:
         return self._loaded[name]
 
 
-def identify(dit: Detected, has_low: bool, name: str) -> WanSpec:
-    """The released model that a transformer's shape and its folder's name stand for.
-
-    Several models share one shape: two experts tell A14B, the size in the name the 480P and 720P
-    forms. An unknown shape gets the defaults of the released model of its kind.
-    """
-    lowered = name.lower()
-    same = [s for s in MODELS.values() if s.dit == dit.spec and (s.boundary is not None) == has_low]
-    for spec in same:
-        if spec.title.lower() in lowered or spec.id in lowered:
-            return spec
-    if same:
-        return same[0]
-    return custom_spec(dit, has_low)
-
-
-def custom_spec(dit: Detected, has_low: bool) -> WanSpec:
-    """A model of its own shape: the task from its inputs, the defaults of the nearest release."""
-    d = dit.spec
-    if d.vace_layers:
-        like = MODELS["wan2.1-vace-1.3b"]
-    elif d.image_pos_tokens:
-        like = MODELS["wan2.1-flf2v-14b-720p"]
-    elif d.in_dim > d.out_dim:
-        like = MODELS["wan2.2-i2v-a14b" if d.image_dim is None else "wan2.1-i2v-14b-480p"]
-    elif d.out_dim == 48:
-        like = MODELS["wan2.2-ti2v-5b"]
-    else:
-        like = MODELS["wan2.2-t2v-a14b" if has_low else "wan2.1-t2v-1.3b"]
-    boundary = like.boundary if has_low else None
-    defaults: Defaults = like.defaults
-    return WanSpec(
-        "custom", dit.title, like.task, d, like.vae, defaults, clip=like.clip, boundary=boundary
-    )
-
-
-def _check_fit(parts: Parts) -> None:
-    """Raises FormatError where a part is another model's: its width is not the transformer's."""
-    dit = parts.found["dit"]
-    widths = {
-        "vae": ("latent channels", lambda spec: spec.z_dim, dit.spec.out_dim),
-        "umt5": ("text features", lambda spec: spec.dim, dit.spec.text_dim),
-        "clip": ("image features", lambda spec: spec.dim, dit.spec.image_dim),
-    }
-    for name, (what, width, wanted) in widths.items():
-        found = parts.found.get(name)
-        if found is not None and wanted is not None and width(found.spec) != wanted:
-            reason = f"this is {found} with {width(found.spec)} {what}; {dit.title} takes {wanted}"
-            raise FormatError(found.path, reason)
-    low = parts.found.get("low_noise")
-    if low is not None and low.spec != dit.spec:
-        raise FormatError(low.path, f"this is {low}; the other expert is {dit.title}")
-
-
 def open_parts(
     parts: Parts,
     name: str,
@@ -385,7 +341,7 @@ def open_parts(
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     parts.require("dit")
     dit = parts.found["dit"]
-    _check_fit(parts)
+    check_fit(parts)
     spec = identify(dit, parts.low_noise is not None, name)
     own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
     spec = replace(spec, **own)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanrt.budgeted import within_memory
 from wanrt.components import Components
 from wanrt.config import GenerateConfig, VaeWork, WanSpec
 from wanrt.errors import UsageError
 from wanrt.media.image import is_image, load_image
 from wanrt.media.marking import Input, Origin
 from wanrt.models.clip import preprocess
-from wanrt.planning import within_memory
-from wanrt.request import Request, with_size
+from wanrt.request import Request, size_for, with_size
 from wanrt.tasks import i2v, limits, vace
-from wanrt.tasks.sizes import Size, i2v_size, latent_shape, ti2v_size, vace_grid
+from wanrt.tasks.sizes import Size, latent_shape, vace_grid
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,7 @@ def prepare_inputs(
     last = None if config.last_image is None else load_image(config.last_image)
     if request.task in ("i2v", "flf2v"):
         assert image is not None
-        area = request.width * request.height
-        arithmetic = ti2v_size if spec.vae.patch == 2 else i2v_size
-        size = arithmetic(image.shape[2], image.shape[1], area)
-        return with_size(request, size.width, size.height), Inputs(image, last)
+        return size_for(request, spec, *reversed(image.shape[1:])), Inputs(image, last)
     if request.task != "vace":
         return request, Inputs()
     refs = tuple(load_image(ref) for ref in config.refs)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, Literal
 
+from wanrt.errors import UsageError
+
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
 Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
@@ -290,6 +292,15 @@ MODELS: dict[str, WanSpec] = {
         ),
     )
 }
+
+
+def find_variant(variant: str) -> WanSpec:
+    """`t2v-1.3B`, `wan2.1-t2v-1.3b` ... -> the released model."""
+    name = variant.lower()
+    for known in (name, f"wan2.1-{name}", f"wan2.2-{name}"):
+        if known in MODELS:
+            return MODELS[known]
+    raise UsageError(f"no variant {variant!r}; known: {', '.join(MODELS)}")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from wanrt import sampler
+from wanrt.budgeted import within_memory
 from wanrt.components import Components
 from wanrt.conditions import Conditions
 from wanrt.config import Lora
 from wanrt.errors import NumericsError
 from wanrt.guidance import Expert
-from wanrt.planning import within_memory
+from wanrt.request import Request
 from wanrt.watch import find_culprit, healthy
 
 log = logging.getLogger("wanrt")
@@ -112,3 +114,12 @@ class Denoiser:
 
     def _let_go(self) -> None:
         self._loaded = None
+
+
+def schedule_of(request: Request) -> sampler.Schedule:
+    """The noise levels of a request; step-distilled models have a list of their own."""
+    if request.distilled:
+        count = request.num_steps
+        steps = [round(1000 * (1 - i / count)) for i in range(count)]
+        return sampler.distilled_schedule(steps, request.flow_shift)
+    return sampler.schedule(request.solver, request.num_steps, request.flow_shift)

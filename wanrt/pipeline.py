@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt import sampler
+from wanrt.budgeted import plan_request, within_memory
 from wanrt.components import Components, Report, choose_device, open_parts
 from wanrt.conditions import (
     Conditions,
@@ -23,16 +24,16 @@ from wanrt.conditions import (
     prepare_inputs,
 )
 from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
-from wanrt.denoiser import Denoiser
+from wanrt.denoiser import Denoiser, schedule_of
 from wanrt.engine.manifest import is_bundle
 from wanrt.errors import NumericsError, UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
-from wanrt.loras import hint_at_preset, parse_loras
 from wanrt.media.image import to_uint8
 from wanrt.media.marking import UNKNOWN, Origin
 from wanrt.media.result import Video
-from wanrt.memory.plan import Plan
-from wanrt.planning import UNLIMITED, Budgets, ask_of, plan_request, within_memory
+from wanrt.memory.plan import Plan, relearned
+from wanrt.planning import UNLIMITED, Budgets
+from wanrt.presets import hint_at_preset, parse_loras
 from wanrt.request import Request, check_embeds, resolve
 from wanrt.watch import healthy
 from wanrt.weights.hub import resolve_model
@@ -232,7 +233,8 @@ class Pipeline:
     ) -> Plan | None:
         """Decide where everything of this request will lie; parts that lie otherwise are let go.
 
-        None on a CPU without a budget. Raises BudgetError. Reads the tokenizer, no weights.
+        None on a CPU without a budget. What the prompts say moves nothing. Raises BudgetError.
+        Reads the tokenizer and headers, no weights.
         """
         if self.components.device.type == "cpu" and self.budgets.vram is None:
             return None
@@ -244,10 +246,10 @@ class Pipeline:
         if new := [text for text in texts if text not in self._embeds]:
             tokens = self.components.tokenizer()(new, self.spec.dit.text_len)
             lengths.append(int(tokens.mask.sum(1).max()))
-        parts, every = self.components, (*self.components.loras, *request.loras)
-        lora = parts.shelf.num_bytes(every, parts.dtypes.dit.itemsize) if every else 0
-        ask = ask_of(request, max(lengths), refs, bool(new), decode, lora)
-        plan = plan_request(self.components, ask, self.budgets)
+        phases = {"encodes_text": bool(new), "decodes": decode}
+        plan = plan_request(
+            self.components, request, self.budgets, max(lengths), refs=refs, **phases
+        )
         self.components.follow(plan)
         return plan
 
@@ -300,7 +302,7 @@ class Pipeline:
     ) -> Tensor:
         """Noise to latents: the loop over the schedule, `[1, C, T, h, w]` fp32."""
         request, conditions, spec = run.request, run.conditions, self.spec
-        timesteps, sigmas = self._schedule(request)
+        timesteps, sigmas = schedule_of(request)
         solver = sampler.make_solver(request.solver, sigmas)
         x = self._start(request, conditions, latents)
         self._follow(run)
@@ -318,16 +320,10 @@ class Pipeline:
         return x[:, :, conditions.num_refs :]
 
     def _follow(self, run: Run) -> None:
-        """Another request may have come in between."""
+        """Another request may have come in between, or memory run out."""
         if run.plan is not None:
+            run.plan = relearned(run.plan, self.components.lessons)
             self.components.follow(run.plan)
-
-    def _schedule(self, request: Request) -> sampler.Schedule:
-        if request.distilled:
-            count = request.num_steps
-            steps = [round(1000 * (1 - i / count)) for i in range(count)]
-            return sampler.distilled_schedule(steps, request.flow_shift)
-        return sampler.schedule(request.solver, request.num_steps, request.flow_shift)
 
     def _start(self, request: Request, conditions: Conditions, given: Tensor | None) -> Tensor:
         """What is given, or the seed's fp32 noise, drawn on the CPU or on CUDA (the reference)."""

@@ -1,26 +1,21 @@
-"""From a request and a machine to its plan: what `--vram` and `--ram` mean."""
+"""From a request to what a plan is made for: `wanrt plan` and `wanrt generate` ask the same here.
 
-import logging
-from collections.abc import Callable
+Nothing here imports torch, so that a plan is there at once.
+"""
+
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
 
 from wanrt import env
-from wanrt.components import Components, memory_bytes
-from wanrt.kernels import registry
-from wanrt.memory.budget import enforce, free_bytes, gib, parse_bytes
-from wanrt.memory.placement import Ask, Machine
-from wanrt.memory.plan import Plan, make_plan, step_down
+from wanrt.config import Precision, WanSpec
+from wanrt.memory import host
+from wanrt.memory.budget import HOST_SHARE, parse_bytes
+from wanrt.memory.dit_bytes import FORMATS, dit_weights, plain_precision
+from wanrt.memory.packed_bytes import PackedWeights
+from wanrt.memory.placement import TYPICAL, Ask, Machine
+from wanrt.memory.question import Question
 from wanrt.request import Request
 
-log = logging.getLogger("wanrt")
-T = TypeVar("T")
-
-HOST_SHARE = 0.8  # of the machine's memory, where --ram is silent
-_FUSED = ("layer_norm_modulate", "rms_norm_rope")  # without copies in fp32 only as one kernel
-_CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
+CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
 
 
 @dataclass(frozen=True)
@@ -35,84 +30,58 @@ class Budgets:
         """From `8G` and `32G`. Raises UsageError."""
         return cls(parse_bytes(vram, "--vram"), parse_bytes(ram, "--ram"))
 
+    @property
+    def host(self) -> int:
+        """Bytes of host memory."""
+        return self.ram or int(HOST_SHARE * host.total_bytes())
+
 
 UNLIMITED = Budgets()
 
 
-def machine_of(device: torch.device) -> Machine:
-    """What is known of the machine without measuring it."""
-    if device.type == "cpu":
-        return _CPU
-    target, wanted = registry.here(torch.bfloat16, device.type), env.ops_backend()
-    ours = (registry.resolve(op, target, wanted).backend == "triton" for op in _FUSED)
-    return Machine(fused=all(ours))
-
-
-def plan_request(components: Components, ask: Ask, budgets: Budgets) -> Plan:
-    """The plan that a request of this size will follow.
-
-    On CUDA the process is held to the budget from here on. Raises BudgetError.
-    """
-    device = components.device
-    vram = free_bytes(device) if budgets.vram is None else budgets.vram
-    ram = budgets.ram or int(HOST_SHARE * memory_bytes(torch.device("cpu")))
-    plan = make_plan(components.spec, ask, components.dtypes.format, vram, ram, machine_of(device))
-    if device.type == "cuda":
-        enforce(vram, device)
-    return plan
-
-
-def within_memory(
-    components: Components,
-    phase: str,
-    work: Callable[[], T],
-    let_go: Callable[[], None] = lambda: None,
-) -> T:
-    """What `work` gives. Where the driver refuses memory, a thriftier plan is made and followed.
-
-    `let_go` drops what the caller holds of the parts. Raises BudgetError when nothing is left to
-    save. Without a plan the refusal is the caller's.
-    """
-    while True:
-        try:
-            return work()
-        except RuntimeError as error:
-            if components.plan is None or not _ran_out(error):
-                raise
-            reason = str(error).partition("\n")[0]
-        let_go()  # not in the handler, whose traceback holds what should go
-        plan = step_down(components.spec, components.plan, phase)
-        peak = gib(plan.fixed + plan.options[phase].phase.peak)
-        log.warning("memory ran out (%s): %s: going on within %s", phase, reason, peak)
-        components.clear()
-        components.follow(plan)
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    """PyTorch, the driver, Triton and the libraries each say it in their own way."""
-    said = str(error).lower()
-    signs = ("out of memory", "alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in signs)
-
-
-def ask_of(
+def question_of(
+    spec: WanSpec,
     request: Request,
-    text_rows: int,
-    refs: int,
-    encodes_text: bool,
-    decodes: bool,
+    precision: str,
+    budgets: Budgets,
+    machine: Machine,
+    *,
+    refs: int = 0,
+    encodes_text: bool = True,
+    decodes: bool = True,
     lora: int = 0,
-) -> Ask:
-    """The size of a request, as plans see it; the zero rows behind a prompt are one row more."""
-    return Ask(
+    packed: PackedWeights | None = None,
+) -> Question:
+    """What is asked of a machine by a request whose size is settled.
+
+    refs: reference images; encodes_text: a prompt's features are not known yet; decodes: frames are
+    wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer.
+    """
+    ask = Ask(
         request.width,
         request.height,
         request.num_frames,
         guided=request.guided,
         image=request.task in ("i2v", "flf2v", "vace"),
-        text_rows=text_rows + 1,
+        text_rows=spec.dit.text_len,
         refs=refs,
         encodes_text=encodes_text,
         decodes=decodes,
         lora=lora,
     )
+    return Question(spec, ask, precision, budgets.host, machine, packed)
+
+
+def format_of(precision: Precision, spec: WanSpec) -> str:
+    """Its name in `memory.dit_bytes.FORMATS`, for a released model whose file is not looked at."""
+    plain = plain_precision(dit_weights(spec.dit, FORMATS["fp32"]).total // 4)
+    if precision == "auto":
+        return plain
+    return f"{precision}/fp32" if precision in ("int8", "fp8") and plain == "fp32" else precision
+
+
+def expected_machine(device: str) -> Machine:
+    """A machine that was not looked at: `cpu`, or a card with Triton unless WANRT_OPS says no."""
+    if device == "cpu":
+        return CPU
+    return TYPICAL if env.ops_backend() in ("auto", "triton") else Machine(fused=False)

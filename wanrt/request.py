@@ -2,15 +2,17 @@
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TypeVar, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from wanrt.config import FLF2V_NEGATIVE, Defaults, GenerateConfig, Lora, Solver, Task, WanSpec
 from wanrt.errors import UsageError
-from wanrt.loras import PRESETS, Preset, parse_loras
-from wanrt.models.tokenizer import check_prompt
+from wanrt.models.prompt import check_prompt
+from wanrt.presets import PRESETS, Preset, parse_loras
 from wanrt.tasks import limits
+from wanrt.tasks.sizes import i2v_size, ti2v_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _T = TypeVar("_T")
 
@@ -18,7 +20,7 @@ _AREA_480P = 832 * 480
 _SHIFT_480P = 3.0  # Wan2.1 image to video at the 480p area
 
 # What each task needs of the inputs, and what else it takes.
-_NEEDS: dict[Task, tuple[str, ...]] = {
+NEEDS: dict[Task, tuple[str, ...]] = {
     "t2v": (),
     "t2i": (),
     "i2v": ("image",),
@@ -132,7 +134,7 @@ def _preset_defaults(defaults: Defaults, preset: Preset) -> Defaults:
     return replace(changed, guidance=1.0, guidance_low=1.0)
 
 
-def check_embeds(embeds: Tensor | None, spec: WanSpec) -> None:
+def check_embeds(embeds: "Tensor | None", spec: WanSpec) -> None:
     """Text features given in place of a prompt: `[n <= 512, text_dim]`, with or without a batch."""
     if embeds is None:
         return
@@ -147,6 +149,18 @@ def check_embeds(embeds: Tensor | None, spec: WanSpec) -> None:
 def with_size(request: Request, width: int, height: int, num_frames: int | None = None) -> Request:
     """The request at the size (and length) that its picture or video dictates."""
     return replace(request, width=width, height=height, num_frames=num_frames or request.num_frames)
+
+
+def size_for(request: Request, spec: WanSpec, width: int, height: int) -> Request:
+    """The request at the size that a picture of these pixels gives it; the area is what was asked.
+
+    Other tasks than those from a picture stay as they are.
+    """
+    if request.task not in ("i2v", "flf2v"):
+        return request
+    arithmetic = ti2v_size if spec.vae.patch == 2 else i2v_size
+    size = arithmetic(width, height, request.width * request.height)
+    return with_size(request, size.width, size.height)
 
 
 def _or(value: _T | None, default: _T) -> _T:
@@ -166,7 +180,7 @@ def _task(config: GenerateConfig, spec: WanSpec) -> Task:
         raise UsageError(
             f"task {config.task!r} is not what {spec.title} does here, which is {task!r}"
         )
-    for name in _NEEDS[task]:
+    for name in NEEDS[task]:
         if name not in given:
             raise UsageError(f"{spec.title} makes {task} videos and needs {_flag(name)}")
     for name in given:

@@ -126,7 +126,10 @@ _MAX_GRAPH = (1 << 31) - 1  # bytes of a protobuf
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
+    """Eight-bit graphs run as they are written: ONNX Runtime's own rewriting of them refuses fp8
+    and makes products of int8 that saturate on processors without VNNI."""
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3  # errors; they are raised
     options.intra_op_num_threads = threads or torch.get_num_threads()
     return options

@@ -6,9 +6,11 @@ is read off `wanrt/models/dit.py` (Block.forward), and traced at real sizes by t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from wanrt.config import DitSpec, WanSpec
-from wanrt.kernels.limits import FEED_FORWARD_ROWS
+from wanrt.kernels.limits import FEED_FORWARD_ROWS, SCORES, heads_at_once
+from wanrt.memory.packed_bytes import PackedWeights
 
 _FP32 = 4
 
@@ -36,6 +38,14 @@ FORMATS = {
     "fp8/fp32": Format("fp8/fp32", 1, 4),  # small models keep the rest in fp32
     "int8/fp32": Format("int8/fp32", 1, 4),
 }
+
+
+_SMALL_PARAMS = 200_000_000  # up to here fp32 costs nothing worth saving
+
+
+def plain_precision(num_params: int) -> Literal["fp32", "bf16"]:
+    """Of a transformer of so many numbers, where the user names none; of what is not eight-bit."""
+    return "fp32" if num_params <= _SMALL_PARAMS else "bf16"
 
 
 @dataclass(frozen=True)
@@ -133,27 +143,66 @@ def latent_bytes(spec: DitSpec, tokens: Tokens) -> int:
 
 
 def condition_bytes(spec: DitSpec, tokens: Tokens) -> int:
-    """fp32 latents of pictures and videos that condition a request: there until its end."""
+    """What conditions a request is there until its end, in fp32: latents of pictures and videos,
+    features of both texts, CLIP tokens."""
     channels = spec.in_dim - spec.out_dim + (spec.vace_in_dim if spec.vace_layers else 0)
-    return channels * tokens.pixels * 4
+    features = 2 * tokens.text * spec.text_dim + tokens.image * (spec.image_dim or 0)
+    return (channels * tokens.pixels + features) * _FP32
 
 
 def activation_bytes(
-    spec: DitSpec, tokens: Tokens, element: int, branches: int, fused: bool, extra: int = 0
+    spec: DitSpec,
+    tokens: Tokens,
+    element: int,
+    branches: int,
+    fused: bool,
+    extra: int = 0,
+    packed: PackedWeights | None = None,
 ) -> int:
     """The most a forward pass holds beside weights, text cache and latents.
 
     `branches` texts go through together; `fused`: norms and rotation are single kernels (Triton),
     else PyTorch's, which make fp32 copies. `extra`: what attention makes beside its result.
+    `packed`: matrices are unpacked while they are used; those of a long feed-forward both at once.
     """
     n = tokens.length * spec.dim
     streams = branches * (2 if spec.vace_layers else 1) * _FP32 * n
+    square = wide = table = 0
+    if packed is not None:
+        both = 2 if tokens.length > FEED_FORWARD_ROWS else 1
+        square = packed.matrices * spec.dim * spec.dim * element + packed.scratch
+        wide = packed.matrices * both * spec.dim * spec.ffn_dim * element + packed.scratch
+        table = packed.table + packed.scratch
     return streams + max(
-        _project(n, element, tokens.levels, fused),
+        table,
+        _prepare(spec, tokens, element),
+        _project(n, element, tokens.levels, fused) + square,
         4 * element * n + extra,  # q, k, v and the attention's result
-        _feed_forward(spec, tokens, element, fused),
+        _feed_forward(spec, tokens, element, fused) + wide,
         _FP32 * n + tokens.length * spec.out_dim * 4 * _FP32,  # the head, in fp32
     )
+
+
+def attention_extra(spec: DitSpec, tokens: Tokens, form: Format, fused: bool) -> int:
+    """What eight-bit attention makes of q, k and v before its products, some heads at a time.
+
+    int8 q and k with an fp32 scale for each row of a head, and v in fp16 or fp8. PyTorch's makes
+    fp32 copies of everything, and for fp8 some scores twice (`kernels/torch_attention.py`).
+    """
+    fp8 = form.name.startswith("fp8")
+    if not fused:
+        n = tokens.length * spec.dim
+        return 17 * n + n // 10 + 2 * SCORES * 4 if fp8 else 19 * n + n // 2
+    value_bytes = 1 if fp8 else 2
+    size, length = spec.head_dim, tokens.length
+    heads = min(heads_at_once(length, length, size, value_bytes), spec.num_heads)
+    return heads * length * ((2 + value_bytes) * size + 2 * 4)
+
+
+def _prepare(spec: DitSpec, tokens: Tokens, element: int) -> int:
+    """Both texts embedded, and a key on its way through its norm: of short videos the most."""
+    n = (tokens.text + tokens.image) * spec.dim
+    return 2 * element * n + (2 * element + 2 * _FP32) * n
 
 
 def _normalised(n: int, element: int, levels: bool, fused: bool) -> int:

@@ -106,7 +106,7 @@ class WeightStream:
         for r, visits in enumerate(rounds):
             for i, visit in enumerate(visits):
                 if r > 0 or i not in resident:
-                    self._stops[r, i] = _Stop(visit, _lay_out(module, visit, dtype_of))
+                    self._stops[r, i] = _Stop(visit, lay_out(module, visit, dtype_of))
         streamed = [stop for key, stop in self._stops.items() if key[0] == 0]
         for stop in streamed[: placement.num_pinned]:
             stop.host = _host_memory(stop.num_bytes, device)
@@ -259,9 +259,10 @@ def _finish(worker: ThreadPoolExecutor, copies: torch.cuda.Stream | None) -> Non
         copies.synchronize()
 
 
-def _lay_out(
+def lay_out(
     module: nn.Module, visit: Visit, dtype_of: Callable[[str], torch.dtype]
 ) -> dict[str, _Place]:
+    """Where the weights of a visit lie in its buffer; the module may be empty (meta)."""
     places, offset = {}, 0
     for name in visit.weights:
         places[name] = _Place(offset, module.get_parameter(name).shape, dtype_of(name))

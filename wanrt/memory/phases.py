@@ -1,22 +1,23 @@
 """Every way in which a phase of a request could run, with the memory and the time of each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from wanrt.config import DitSpec, VaeWork, WanSpec
-from wanrt.kernels.limits import SCORES, heads_at_once
+from wanrt.config import VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
     DitWeights,
     Format,
     Tokens,
     activation_bytes,
+    attention_extra,
     condition_bytes,
     count_tokens,
     dit_weights,
     latent_bytes,
     text_cache_bytes,
 )
+from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import (
     Ask,
     Guidance,
@@ -76,13 +77,14 @@ def _encoder_options(
     Either way every byte is read once, so that the whole one is no faster.
     """
     sizes = [weights.block] * weights.num_blocks
-    for placement in (place(sizes, len(sizes), None), place(sizes, 0, pinned_room=0)):
+    for placement in (place(sizes, len(sizes), None), place(sizes, 0, room=0)):
         yield Option(
             Phase(
                 name,
                 weights=placement.num_resident * weights.block + weights.rest,
                 ring=placement.slots * weights.block,
                 activations=held,
+                host=placement.host,
                 streamed=placement.mapped,
                 seconds=weights.total / machine.read,
             ),
@@ -91,30 +93,39 @@ def _encoder_options(
 
 
 def dit_options(
-    spec: WanSpec, ask: Ask, form: Format, machine: Machine, pinned_room: int | None
+    spec: WanSpec,
+    ask: Ask,
+    form: Format,
+    machine: Machine,
+    room: int | None,
+    packed: PackedWeights | None = None,
 ) -> Iterator[Option]:
-    """One denoising step: how many blocks stay, and whether both texts pass a block in turn."""
-    tokens = _tokens(spec, ask)
-    weights = dit_weights(spec.dit, form)
+    """One denoising step: how many blocks stay, and whether both texts pass a block in turn.
+
+    room: bytes of host memory. packed: of a checkpoint whose matrices stay packed while it streams.
+    """
+    tokens, branches = _tokens(spec, ask), 2 if ask.guided else 1
+    caches = branches * text_cache_bytes(spec.dit, tokens, form.other)
+    caches += latent_bytes(spec.dit, tokens)
+    compute = branches * step_operations(spec, tokens) / machine.flops
+    extra = attention_extra(spec.dit, tokens, form, machine.fused) if form.quantised else 0
     orders: tuple[Guidance, ...] = ("sequential", "interleaved") if ask.guided else ("none",)
     for order in orders:
         passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
-        extra = attention_extra(spec.dit, tokens, form, machine.fused) if form.quantised else 0
-        held = activation_bytes(spec.dit, tokens, form.other, together, machine.fused, extra)
-        branches = 2 if ask.guided else 1
-        caches = branches * text_cache_bytes(spec.dit, tokens, form.other)
-        caches += latent_bytes(spec.dit, tokens)
-        compute = branches * step_operations(spec, tokens) / machine.flops
-        for placement, resident, ring in _block_options(spec, weights, pinned_room):
+        run = (tokens, form.other, together, machine.fused, extra)
+        whole = activation_bytes(spec.dit, *run)
+        streaming = activation_bytes(spec.dit, *run, packed)
+        for placement, stay, ring in _block_options(spec, form, room, packed):
             if order == "interleaved" and not placement.slots:
                 continue  # nothing streams: one text after the other holds less
             copies = passes * copy_seconds(placement, machine)
             phase = Phase(
                 "step",
-                weights=resident + weights.rest + ask.lora,
+                weights=stay + ask.lora,
                 ring=ring,
-                activations=held,
+                activations=streaming if placement.slots else whole,
                 caches=caches,
+                host=placement.host,
                 streamed=passes * (placement.pinned + placement.mapped),
                 seconds=max(compute, copies),
             )
@@ -137,21 +148,22 @@ def visit_sizes(spec: WanSpec, weights: DitWeights) -> list[int]:
 
 
 def _block_options(
-    spec: WanSpec, weights: DitWeights, pinned_room: int | None
+    spec: WanSpec, form: Format, room: int | None, packed: PackedWeights | None
 ) -> Iterator[tuple[Placement, int, int]]:
-    """Placement, bytes of blocks that stay, bytes of the ring.
+    """Placement, bytes of weights that stay, bytes of the ring.
 
     Where all blocks stay, their cross-attention keys and values do too. Else those are wanted once
     per request and pass through the ring, out of their file.
     """
-    sizes = visit_sizes(spec, weights)
-    kv = len(sizes) * weights.cross_kv
-    yield place(sizes, len(sizes), pinned_room), sum(sizes) + kv, 0
-    slot = max(*sizes, weights.cross_kv)
+    weights = dit_weights(spec.dit, form)
+    sizes, texts, rest = visit_sizes(spec, weights), weights.cross_kv, weights.rest
+    yield place(sizes, len(sizes), room), sum(sizes) + len(sizes) * texts + rest, 0
+    if packed is not None:
+        sizes, texts, rest = list(packed.visits), packed.texts, packed.rest
     for num in range(len(sizes) - 1, -1, -1):
-        placement = place(sizes, num, pinned_room)
+        placement = place(sizes, num, room, texts)
         stay = sum(sizes[i] for i in placement.resident())
-        yield placement, stay, placement.slots * slot
+        yield placement, stay + rest, placement.slots * max(*sizes, texts)
 
 
 def step_operations(spec: WanSpec, tokens: Tokens) -> float:
@@ -161,22 +173,6 @@ def step_operations(spec: WanSpec, tokens: Tokens) -> float:
     matrices = 6 * d.dim * d.dim + 2 * d.dim * d.ffn_dim  # the keys of the text come from a cache
     attention = 2 * d.dim * (tokens.length + tokens.text + tokens.image)
     return 2.0 * blocks * tokens.length * (matrices + attention)
-
-
-def attention_extra(spec: DitSpec, tokens: Tokens, form: Format, fused: bool) -> int:
-    """What eight-bit attention makes of q, k and v before its products, some heads at a time.
-
-    int8 q and k with an fp32 scale for each row of a head, and v in fp16 or fp8. PyTorch's makes
-    fp32 copies of everything, and for fp8 some scores twice (`kernels/torch_attention.py`).
-    """
-    fp8 = form.name.startswith("fp8")
-    if not fused:
-        n = tokens.length * spec.dim
-        return 17 * n + n // 10 + 2 * SCORES * 4 if fp8 else 19 * n + n // 2
-    value_bytes = 1 if fp8 else 2
-    size, length = spec.head_dim, tokens.length
-    heads = min(heads_at_once(length, length, size, value_bytes), spec.num_heads)
-    return heads * length * ((2 + value_bytes) * size + 2 * 4)
 
 
 def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
@@ -234,14 +230,13 @@ def _vae_option(
     repeated = sum(given_rows) / rows  # every row once, and the halos
     seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
     if work.host:
-        kept = replace(work, host=False)
-        moved = need_of(vae, ask.height, ask.width, element, kept, machine.backend).caches
-        seconds += 2 * chunks * moved / machine.copy / repeated
+        seconds += 2 * chunks * need.host / machine.copy / repeated
     phase = Phase(
         name,
         weights=vae_weights(vae) * element,
         activations=need.activations + 4 * given + condition_bytes(spec.dit, _tokens(spec, ask)),
         caches=need.caches,
+        host=need.host,
         seconds=seconds * repeated * (_SINGLE_FRAMES if work.frames else 1.0),
     )
     return Option(phase, work=work)

@@ -1,6 +1,7 @@
 """The vocabulary of plans: a machine, what is asked of it, where a part's blocks are, a phase."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from wanrt.memory.budget import FIXED, WORKSPACE
@@ -8,7 +9,7 @@ from wanrt.memory.dit_bytes import Format
 
 Guidance = Literal["none", "sequential", "interleaved"]
 SLOTS = 2  # of a ring: one block computes while the next one comes
-TEXT_ROWS = 256  # assumed where no prompt is known yet
+TEXT_ROWS = 512  # of the longest text that the released models take
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Ask:
     num_frames: int
     guided: bool = True
     image: bool = False  # a picture or a video conditions it
-    text_rows: int = TEXT_ROWS  # of the longer prompt
+    text_rows: int = TEXT_ROWS  # that the longer prompt may have
     refs: int = 0  # reference images of VACE; each is a frame of latents more
     encodes_text: bool = True  # a prompt's features are not known yet
     decodes: bool = True  # frames are wanted, not latents
@@ -62,7 +63,8 @@ class Ask:
 class Placement:
     """How a part's blocks are held: some stay on the device, the others come when needed.
 
-    Of those that come, the first `num_pinned` wait in pinned host memory, the rest in their file.
+    Of those that come, the first `num_pinned` wait in pinned host memory, the rest in their file,
+    from which they reach the device through one staging buffer for each slot.
     """
 
     num_blocks: int
@@ -71,6 +73,12 @@ class Placement:
     num_pinned: int = 0
     pinned: int = 0  # bytes
     mapped: int = 0  # bytes read from the file at every pass
+    staging: int = 0  # bytes of host memory, of all slots
+
+    @property
+    def host(self) -> int:
+        """Host memory that it takes, bytes."""
+        return self.pinned + self.staging
 
     def resident(self) -> frozenset[int]:
         """Which blocks stay: spread evenly, so that every copy has computing to hide behind."""
@@ -80,13 +88,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase holds on the device, in bytes; `streamed` is what one pass copies to it."""
+    """What one phase holds, in bytes: on the device, but for `host`.
+
+    `streamed` is what one pass copies to the device.
+    """
 
     name: str
     weights: int = 0
     ring: int = 0
     activations: int = 0
     caches: int = 0
+    host: int = 0  # in host memory: blocks that wait, staging buffers, caches
     streamed: int = 0
     seconds: float = 0.0  # of one pass, estimated
 
@@ -95,19 +107,33 @@ class Phase:
         return self.weights + self.ring + self.activations + self.caches
 
 
-def place(sizes: list[int], num_resident: int, pinned_room: int | None) -> Placement:
-    """Blocks of these sizes, of which so many stay; `pinned_room` bytes, None for any number."""
+def place(sizes: list[int], num_resident: int, room: int | None, from_file: int = 0) -> Placement:
+    """Blocks of these sizes, of which so many stay.
+
+    room: bytes of host memory, None for any number, 0 if none shall wait there. from_file: the most
+    bytes that come at once from the file, whatever the room.
+    """
     if num_resident == len(sizes):
         return Placement(len(sizes), num_resident)
     stay = Placement(len(sizes), num_resident).resident()
     streamed = [size for i, size in enumerate(sizes) if i not in stay]
-    pinned, num_pinned = 0, 0
-    for size in streamed:
-        if pinned_room is not None and pinned + size > pinned_room:
-            break
-        pinned, num_pinned = pinned + size, num_pinned + 1
+    num_pinned = _fitting(streamed, room, SLOTS * from_file)
+    if num_pinned < len(streamed):
+        staged = max(from_file, *streamed)
+        num_pinned = _fitting(streamed, room, SLOTS * staged)
+        from_file = max(from_file, *streamed[num_pinned:])
+    pinned = sum(streamed[:num_pinned])
     mapped = sum(streamed) - pinned
-    return Placement(len(sizes), num_resident, SLOTS, num_pinned, pinned, mapped)
+    return Placement(len(sizes), num_resident, SLOTS, num_pinned, pinned, mapped, SLOTS * from_file)
+
+
+def _fitting(sizes: list[int], room: int | None, taken: int) -> int:
+    """How many of the first find room beside what is taken."""
+    if room is None:
+        return len(sizes)
+    held = accumulate(sizes, initial=taken)
+    next(held)
+    return sum(total <= room for total in held)
 
 
 def copy_seconds(placement: Placement, machine: Machine) -> float:

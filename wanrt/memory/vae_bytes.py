@@ -21,10 +21,11 @@ from wanrt.vae_shapes import (
 
 
 class VaeBytes(NamedTuple):
-    """Peak bytes on the device: of activations, and of the caches of all bands held at once."""
+    """Peak bytes: of activations, and of the caches held at once, by where these are."""
 
     activations: int
-    caches: int
+    caches: int  # on the device
+    host: int = 0  # in host memory
 
 
 def decode_bytes(
@@ -155,4 +156,4 @@ def _second_stage(pixels: Clip, spec: VaeSpec, band: Band) -> int:
 def _total(walk: ByteWalk, caches: list[int]) -> VaeBytes:
     """With bands as the outer loop, one part's caches are held, else those of all."""
     held = max(caches) if walk.work.order == "bands" else sum(caches)
-    return VaeBytes(walk.peak, 0 if walk.work.host else held)
+    return VaeBytes(walk.peak, *((0, held) if walk.work.host else (held, 0)))

@@ -18,11 +18,11 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from wanrt.errors import FormatError, UsageError
+from wanrt.errors import FormatError
 from wanrt.models import spiece
+from wanrt.models.prompt import check_prompt
 
 PAD, EOS = 0, 1
-MAX_PROMPT_BYTES = 65536
 NOT_A_CHARACTER = "\U0010ffff"  # in no vocabulary
 
 
@@ -30,24 +30,6 @@ def clean(text: str) -> str:
     """Repair mojibake and full-width forms (ftfy), unescape HTML twice, collapse white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def check_prompt(text: str) -> None:
-    """Raise UsageError for what no tokenizer should see. An empty prompt is legal."""
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"prompt has a lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}: it is not valid Unicode text; remove that character"
-        ) from None
-    if size > MAX_PROMPT_BYTES:
-        raise UsageError(
-            f"prompt is {size:,} bytes, the limit is {MAX_PROMPT_BYTES:,} (64 kB); shorten it "
-            "(the model reads 512 tokens)"
-        )
-    if "\0" in text:
-        raise UsageError(f"prompt has a NUL character at character {text.index(chr(0))}; remove it")
 
 
 class Truncation(NamedTuple):

@@ -2,10 +2,9 @@
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from wanrt.config import VAE_2_1, VaeSpec
 from wanrt.errors import UsageError
@@ -106,9 +105,9 @@ def vace_frame_indices(times: Sequence[int], num_frames: int) -> list[int]:
     """
     steps = max(num_frames - 1, 1)
     twice_duration = times[-2] + times[-1] - 2 * times[0]
-    asked = np.arange(num_frames, dtype=np.int64) * twice_duration
-    starts = (np.array(times[:-1], dtype=np.int64) - times[0]) * (2 * steps)
-    return (np.searchsorted(starts, asked, side="left") - 1).clip(min=0).tolist()
+    starts = [(time - times[0]) * 2 * steps for time in times[:-1]]
+    asked = (i * twice_duration for i in range(num_frames))
+    return [max(0, bisect_left(starts, time) - 1) for time in asked]
 
 
 def _require_area(width: int, height: int, cells: int) -> None:

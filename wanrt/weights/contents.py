@@ -69,6 +69,9 @@ class Weights:
                 module.set_submodule(owner, twin)
                 self._packed[name] = form
 
+    def stays_packed(self, name: str) -> bool:
+        return name in self._packed
+
     def dtype_of(self, name: str) -> torch.dtype:
         if name in self.formats:
             return self.formats[name].dtype

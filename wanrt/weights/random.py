@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanrt.config import MODELS, WanSpec
-from wanrt.errors import UsageError
+from wanrt.config import WanSpec, find_variant
 from wanrt.weights.layouts import Layout, Part, Precision, write_model
 from wanrt.weights.names import Kind
 from wanrt.weights.writer import MAX_SHARD
@@ -44,15 +43,6 @@ def write_random(
         precision=precision,
         max_shard=max_shard,
     )
-
-
-def find_variant(variant: str) -> WanSpec:
-    """`t2v-1.3B`, `wan2.1-t2v-1.3b` ... -> the released model."""
-    name = variant.lower()
-    for known in (name, f"wan2.1-{name}", f"wan2.2-{name}"):
-        if known in MODELS:
-            return MODELS[known]
-    raise UsageError(f"no variant {variant!r}; known: {', '.join(MODELS)}")
 
 
 def random_values(

@@ -1,0 +1,37 @@
+"""What a CUDA card has left, and how PyTorch is held to a part of it."""
+
+from functools import cache
+
+import torch
+
+from wanrt.errors import BudgetError
+from wanrt.memory.budget import FIXED, GIB, gib
+
+MARGIN = GIB // 4  # of the free memory, left to others where no budget is named
+
+
+def free_bytes(device: torch.device) -> int:
+    """What the driver has left on a CUDA device, less a margin, plus what this process holds."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free - MARGIN + torch.cuda.memory_reserved(device)
+
+
+def enforce(budget: int, device: torch.device) -> None:
+    """From here on PyTorch's allocator refuses to hold more than the budget on this device.
+
+    Segments grow page by page, so that what is reserved follows what is planned. Raises BudgetError
+    where the budget is more than the card has.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    if budget > total:
+        raise BudgetError(f"--vram {gib(budget)} is more than the card's {gib(total)}")
+    _grow_by_pages()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction((budget - FIXED) / total, index)
+
+
+@cache
+def _grow_by_pages() -> None:
+    """PyTorch 2.13 moved the function to where all accelerators find it."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

@@ -1,0 +1,59 @@
+"""What a transformer takes in memory while its matrices stay as a GGUF file packs them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from wanrt.memory.offload import lay_out
+from wanrt.memory.packed_bytes import PackedWeights
+from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.contents import Weights
+from wanrt.weights.load import skeleton
+from wanrt.weights.parts import find_component
+
+
+def packed_weights(files: Sequence[Path], dtype: torch.dtype) -> PackedWeights | None:
+    """Of one transformer, or of two experts the more of each; None where one packs nothing.
+
+    dtype: of its products. Reads headers. Raises FormatError.
+    """
+    each = [_packed(file, dtype) for file in files]
+    known = [one for one in each if one is not None]
+    if not known or len(known) < len(each):
+        return None
+    return PackedWeights(
+        tuple(map(max, zip(*(one.visits for one in known), strict=True))),
+        max(one.texts for one in known),
+        max(one.rest for one in known),
+        any(one.matrices for one in known),
+        max(one.table for one in known),
+    )
+
+
+def _packed(file: Path, dtype: torch.dtype) -> PackedWeights | None:
+    """As `load_component` lays it out where blocks stream."""
+    found = find_component(file, "dit")
+    if not any(info.packing for info in Checkpoint.open(found.path).tensors.values()):
+        return None
+    module = skeleton("dit", found.spec, dtype=dtype)
+    plain = {name: weight.numel() for name, weight in module.named_parameters()}
+    weights = Weights(module, found, dtype, check=False)
+    weights.keep_packed(module, (), tables=False)
+    blocks, texts = (
+        [lay_out(module, visit, weights.dtype_of) for visit in visits] for visits in module.visits()
+    )
+    visited = {name for places in (*blocks, *texts) for name in places}
+    others = [name for name in plain if name not in visited]
+    unpacked = [
+        plain[name] * weights.plain_dtype(name).itemsize
+        for name in others
+        if weights.stays_packed(name)
+    ]
+    return PackedWeights(
+        tuple(max(place.stop for place in places.values()) for places in blocks),
+        max(place.stop for places in texts for place in places.values()),
+        sum(module.get_parameter(n).numel() * weights.dtype_of(n).itemsize for n in others),
+        any(weights.stays_packed(name) for name in visited),
+        max(unpacked, default=0),
+    )
