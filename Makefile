@@ -12,7 +12,7 @@ PEERS := sageattention==1.0.6 fastvae==0.1.0 diffusers==0.42.1 cache-dit==1.5.3
 TORCH_INDEX ?=
 PYTHON ?=
 
-.PHONY: help demo test test-slow lint format bench gpu peers wheel clean
+.PHONY: help demo test test-slow lint format bench engines gpu peers wheel clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ format: $(VENV)/.installed-dev            ## let ruff mend what it can
 
 bench: $(VENV)/.installed-dev             ## the VAE's decoder beside that of diffusers
 	$(BIN)/wanrt bench vae --device cpu --peer diffusers
+
+engines: $(VENV)/.installed-dev           ## TensorRT-RTX engines, built without a GPU: dist/engines/
+	$(BIN)/wanrt bench engines --out dist/engines
 
 gpu: $(VENV)/.installed-dev               ## compile, test and time the kernels on this GPU
 	PYTHONPATH=.peers $(BIN)/wanrt bench gpu

@@ -8,6 +8,7 @@ Every graph computes one sample. Tokens lie `[1, L, D]` and heads `[1, L, H, hd]
     pre                 tokens -> q, k, v                        post          + attention -> tokens
     block               pre, attention and post                  head          tokens -> velocity
     before, after       the projections of a VACE block
+    attention           q, k, v -> y; for engines, where nothing else has it
 """
 
 from collections.abc import Callable, Iterator
@@ -71,6 +72,18 @@ def parts(dit: WanDiT, dtype: torch.dtype) -> Iterator[Part]:
         yield simple("dit.vace_patch", "vace_patch_embedding", control)
         yield simple("dit.before", "vace_blocks.0.before_proj", x)
         yield simple("dit.after", *(f"{side}.after_proj" for side in _sides(dit)), x)
+
+
+def attention(dit: WanDiT, dtype: torch.dtype) -> Part:
+    """What stands between `pre` and `post`, over all tokens of a clip; it has no weights."""
+    spec = dit.spec
+
+    def call(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    shape = (1, TOKENS, spec.num_heads, spec.head_dim)
+    inputs = tuple(Value(name, dtype, shape) for name in ("q", "k", "v"))
+    return Part("dit.attention", dit.blocks[0], call, inputs, ("y",), tuple(_blocks(dit)))
 
 
 def formats(dit: WanDiT, part: Part, precision: EightBit) -> dict[str, LinearFormat]:

@@ -115,6 +115,7 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
     },
     "onnx_ir": {
         "export/qdq.py": "rewrites graphs; their home, onnx.py, traces and embeds",
+        "export/rtx.py": "likewise",
     },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",

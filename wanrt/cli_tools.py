@@ -201,6 +201,21 @@ def bench_ops(
     ops.main(device, only, as_json)
 
 
+def bench_engines(
+    out: Annotated[Path, typer.Option(help="Folder of the engines; kept.")] = Path("dist/engines"),
+    model: Annotated[list[str] | None, typer.Option(help="Repeatable; all.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Repeatable; all.")] = None,
+    jobs: Annotated[int, typer.Option(help="Builders beside the tracing.")] = 2,
+    write_lock: Annotated[bool, typer.Option("--write-lock", help="Note their digests.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """Build the TensorRT-RTX engines of the released models on this CPU: time, size, memory."""
+    from wanrt.bench import engines
+    from wanrt.export.engines import CARDS, IDS
+
+    engines.main(out, model or list(IDS), precision or list(CARDS), jobs, write_lock, as_json)
+
+
 def bench_gpu(
     only: Annotated[str, typer.Option(help="Cases and tests that have this in their name.")] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON lines; appended.")] = None,
@@ -263,6 +278,7 @@ def add_to(app: typer.Typer) -> None:
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)
     bench.command("quality")(bench_quality)
+    bench.command("engines")(bench_engines)
     bench.command("gpu")(bench_gpu)
     bench.command("watermark")(bench_watermark)
     app.add_typer(bench, name="bench")

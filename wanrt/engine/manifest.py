@@ -18,7 +18,7 @@ FORMAT = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"  # the two files that are not members
 MAX_NAME, MAX_DEPTH = 128, 4  # characters and parts of a member's name
 
-EngineKind = Literal["tensorrt-rtx"]
+EngineKind = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 DType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int32", "int64", "bool"]
 

@@ -135,4 +135,13 @@ def _onnxruntime(bundle: Bundle, device: torch.device) -> Graphs:
     return OrtGraphs(bundle, device)
 
 
-_EXECUTORS: dict[str, Callable[[Bundle, torch.device], Graphs]] = {"onnxruntime": _onnxruntime}
+def _tensorrt_rtx(bundle: Bundle, device: torch.device) -> Graphs:
+    from wanrt.engine.trt import TrtGraphs
+
+    return TrtGraphs(bundle, device, "tensorrt-rtx")
+
+
+_EXECUTORS: dict[str, Callable[[Bundle, torch.device], Graphs]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt-rtx": _tensorrt_rtx,
+}
