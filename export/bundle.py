@@ -198,7 +198,7 @@ def _weights_of(order: Order, wanted: Wanted, model: onnx.Model, index: int) -> 
 
 def _record(path: Path, wanted: Wanted, embedded: bool) -> Graph:
     """What the manifest says of a finished graph."""
-    model = onnx.load(path)
+    model = onnx.parse(path.read_bytes())
     values = {value.name: value for value in wanted.part.inputs}
     inputs = []
     for given in model.graph.inputs:

@@ -8,8 +8,8 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import (
@@ -126,9 +126,9 @@ def serialise(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
-def load(path: Path) -> ir.Model:
-    """A graph of ours from its file."""
-    return ir.load(path)
+def parse(graph: bytes) -> ir.Model:
+    """The reverse of `serialise`."""
+    return ir.from_proto(onnx.ModelProto.FromString(graph))
 
 
 def _stand_in(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

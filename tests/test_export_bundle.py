@@ -1,7 +1,7 @@
 """`wanrt export` and `--engine onnxruntime`: from a model to a bundle to a clip, on the CPU."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
+from wanrt.export import onnx
+from wanrt.export.part import Part
 
 PROMPT = "a red circle moving right on a navy background"
 SETTINGS = {"seed": 3, "num_steps": 3, "num_frames": 5, "width": 64, "height": 48}
@@ -39,6 +41,24 @@ WAYS = {
     "fp8-embedded": Way(("--precision", "fp8", "--embed"), "fp8", 0.1),
 }
 Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_graph_is_traced_once() -> Iterator[None]:
+    """For all exports of this file: it is what takes their time."""
+    traced: dict[object, bytes] = {}
+    trace = onnx.trace
+
+    def remember(part: Part) -> onnx.Model:
+        weights = tuple((name, w.dtype, w.shape) for name, w in part.weights().items())
+        key = (part.name, part.inputs, weights)
+        if key not in traced:
+            traced[key] = onnx.serialise(trace(part))
+        return onnx.parse(traced[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", remember)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +230,6 @@ def test_a_stopped_export_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is finished is not traced again, and the bundle is that of one go."""
-    from wanrt.export import bundle, onnx
-
     traced: list[str] = []
     trace = onnx.trace
 
@@ -225,16 +243,14 @@ def test_a_stopped_export_goes_on(
         traced.append(part.name)
         return trace(part)
 
-    monkeypatch.setattr(bundle.onnx, "trace", stop_at_the_fifth)
+    monkeypatch.setattr(onnx, "trace", stop_at_the_fifth)
     words = ["export", "nano", "-o", str(tmp_path / "out.zip"), "--no-weights", "--json"]
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     assert ended.value.code == 130 and not (tmp_path / "out.zip").exists()
     first = set(traced)
     traced.clear()
-    monkeypatch.setattr(
-        bundle.onnx, "trace", lambda part: (traced.append(part.name), trace(part))[1]
-    )
+    monkeypatch.setattr(onnx, "trace", note)
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     assert not ended.value.code and not first & set(traced)
