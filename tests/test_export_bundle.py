@@ -175,11 +175,13 @@ class Refusal(NamedTuple):
 
 REFUSALS = [
     Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export"),
-    Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
-    Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
+    Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine"),
+    Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine"),
     Refusal({"engine": "xla", "bundle": "BUNDLE"}, UsageError, "choose native, onnxruntime"),
     Refusal(
-        {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"}, UsageError, "memory of its own"
+        {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"},
+        UsageError,
+        "memory of its own",
     ),
     Refusal(
         {"engine": "onnxruntime", "bundle": "BUNDLE", "precision": "fp16"},

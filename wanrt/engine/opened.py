@@ -73,9 +73,9 @@ def open_engine(
     """
     path = model if bundle is None else Path(bundle)
     if name == "native":
-        raise UsageError(f"{path} is a bundle of graphs: say what runs them, --engine onnxruntime")
-    if vram is not None:
-        raise UsageError(f"--vram is kept by the native engine; {name} has memory of its own")
+        raise UsageError(f"{path} is a bundle of graphs: say what runs them, --engine ...")
+    if vram is not None and name == "onnxruntime":
+        raise UsageError("--vram is kept by the native engine; ONNX Runtime has memory of its own")
     if not is_bundle(path):
         raise UsageError(
             f"--engine {name} wants a bundle: `wanrt export {model} -o BUNDLE --engine {name}` "
