@@ -71,7 +71,9 @@ def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) 
 
 def _transformer(model: str, wanted: Collection[str]) -> Iterator[Job]:
     empty = dit.empty(MODELS[model].dit, _BF16)
-    for part in (dit.attention(empty, _BF16), *dit.parts(empty, _BF16)):
+    if "bf16" in wanted:
+        yield Job(model, "bf16", dit.attention(empty, _BF16))
+    for part in dit.parts(empty, _BF16):
         if "bf16" in wanted:
             yield Job(model, "bf16", part)
         for precision in get_args(EightBit):
