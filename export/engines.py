@@ -95,7 +95,9 @@ def cards_for(precision: Precision) -> tuple[int, ...]:
 
 def _transformer(model: str, wanted: Collection[str]) -> Iterator[Job]:
     empty = dit.empty(MODELS[model].dit, _BF16)
-    for part in (dit.attention(empty, _BF16), *dit.parts(empty, _BF16)):
+    if "bf16" in wanted:
+        yield Job(model, "bf16", dit.attention(empty, _BF16))
+    for part in dit.parts(empty, _BF16):
         if "bf16" in wanted:
             yield Job(model, "bf16", part)
         for precision in get_args(EightBit):
