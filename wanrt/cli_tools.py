@@ -248,12 +248,13 @@ def ops(
     from wanrt.kernels.cases import dtypes_of
 
     wanted = _OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))]
-    table = Table("op", "of", *registry.BACKENDS, box=None, pad_edge=False)
+    backends = (*registry.BACKENDS, "onnx")
+    table = Table("op", "of", *backends, box=None, pad_edge=False)
     for op in registry.OPS:
         taken = dtypes_of(op)
         target = registry.here(wanted if wanted in taken else taken[0], device)
         given = str(target.dtype).removeprefix("torch.")
-        reasons = {b: registry.reason_against(op, b, target) for b in registry.BACKENDS}
+        reasons = {b: registry.reason_against(op, b, target) for b in backends}
         chosen = registry.resolve(op, target).backend
         if as_json:
             row = {"op": op, "dtype": given, "backend": chosen, "declined": reasons}
