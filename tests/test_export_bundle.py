@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
+from wanrt.engine.manifest import is_bundle
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
 from wanrt.export import onnx
@@ -109,6 +110,18 @@ def test_a_whole_request_is_marked_like_any_other(
             cli.main(args)
         assert not ended.value.code
     assert "marked: watermark" in capsys.readouterr().out
+
+
+def test_a_bundle_is_told_from_other_folders(
+    exported: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", str(exported("nano"))])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert "nano, commit" in told and "onnx/dit.block.onnx" in told
+    (tmp_path / "manifest.json").write_text('{"name": "something else"}')
+    assert is_bundle(exported("nano")) and not is_bundle(tmp_path)
 
 
 def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo) -> None:
