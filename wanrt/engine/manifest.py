@@ -223,7 +223,7 @@ class Manifest:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path looks like one: a zip, or a folder with a manifest as `canonical` writes it."""
+    """Whether a path looks like one: a zip, or a folder with a manifest in its canonical form."""
     if not path.is_dir():
         return path.suffix.lower() == ".zip"
     try:
