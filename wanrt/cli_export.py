@@ -67,7 +67,13 @@ def export(
         print(json.dumps(told | {"model": made.model.id, "precision": precision}))
         return
     held = "weights within them" if embed else "weights beside them" if weights else "no weights"
-    print(f"{out}: {made.model.id} in {precision}: {len(made.graphs)} graphs, {held}, {gib(size)}")
+    print(
+        f"{out}: {made.model.id} in {precision}: {len(made.graphs)} graphs, {held}, {_shown(size)}"
+    )
+
+
+def _shown(size: int) -> str:
+    return gib(size) if size >= 10 << 20 else f"{size / 2**20:.1f} MiB"
 
 
 _ENGINES = ("onnxruntime", "tensorrt-rtx")
