@@ -131,8 +131,9 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
     _replace(graphs, "dit.time_projection", dit.time_projection, "e")
     if dit.spec.image_dim is not None:
         _replace(graphs, "dit.image", dit.img_emb, "image")
+    streams = hasattr(dit, "weight_stream")
     for i, block in enumerate(dit.blocks):
-        _attach_block(block, graphs, i)
+        _attach_block(block, graphs, i, streams)
     if graphs.has("dit.head"):
         head = Call(graphs.get("dit.head"), dit.head)
         dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
@@ -140,13 +141,17 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
         _replace(graphs, "dit.vace_patch", dit.vace_patch_embedding, "latents")
         _replace_by_token(graphs, "dit.before", 0, dit.vace_blocks[0].before_proj)
         for j, side in enumerate(dit.vace_blocks):
-            _attach_block(side, graphs, len(dit.blocks) + j)
+            _attach_block(side, graphs, len(dit.blocks) + j, streams)
             _replace_by_token(graphs, "dit.after", j, side.after_proj)
 
 
-def _attach_block(block: Block, graphs: Graphs, index: int) -> None:
-    """In two parts around the native attention where the bundle has them, else whole."""
-    if _has(graphs, "dit.kv", index):
+def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> None:
+    """In two parts around the native attention where the bundle has them, else whole.
+
+    Where blocks stream, keys and values of the conditions stay native: their weights come when the
+    module that makes them is called.
+    """
+    if not streams and _has(graphs, "dit.kv", index):
         kv = Call(_graph(graphs, "dit.kv", index), block.cross_attn)
         block.cross_attn.prepare = lambda context, image: CrossKV(
             *kv(context=context, image=image).values()
