@@ -1,9 +1,9 @@
-"""`engines.lock`: the digests of graphs and engines that one set of versions gives.
+"""`engines.lock`: of each engine the digests of its graph and of all that it is built from.
 
-Graphs depend on our sources and on PyTorch and onnxscript; engines on their graph, their ranges and
-the builder's release. Neither depends on the processor, its features, the number of threads or the
-folder (tried: AVX-512 and AVX2 switched off, one and two cores, other folders and environments).
-Bytes of engines are the same only where the builder's addresses could be fixed (`trt.py`).
+Graphs depend on our sources and on PyTorch and onnxscript, and on nothing of the machine. The bytes
+of an engine are the same in one installation, but not in another: the builder orders what is alike
+by its addresses, and the path of the interpreter moves them (`trt.py`). So the lock has what goes
+into the builder: graph, ranges, release, options (`engine_set.recipe`).
 """
 
 import json
@@ -21,14 +21,14 @@ _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "tensorrt-rtx-cu13")
 
 @dataclass(frozen=True, order=True)
 class Locked:
-    """One engine: what it is, and the SHA-256 of its graph and of itself."""
+    """One engine: what it is, and the SHA-256 of its graph and of what it is built from."""
 
     model: str
     part: str
     precision: str
     card: int
     onnx: str
-    engine: str
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Lock:
 def locked(record: Record) -> Locked:
     """What the lock says of an engine that was built."""
     return Locked(
-        record.model, record.part, record.precision, record.card, record.onnx, record.engine
+        record.model, record.part, record.precision, record.card, record.onnx, record.recipe
     )
 
 
@@ -68,8 +68,7 @@ def read(path: Path = FILE) -> Lock:
 def differences(records: Iterable[Record], lock: Lock) -> list[str]:
     """In which engines these differ from the lock, and in what; none where the versions do.
 
-    Engines that the lock does not name are passed over; engines that could not be built
-    reproducibly are compared by their graphs.
+    Engines that the lock does not name are passed over.
     """
     if lock.tools != tools():
         return []
@@ -82,6 +81,6 @@ def differences(records: Iterable[Record], lock: Lock) -> list[str]:
         where = f"{record.model} {record.part} {record.precision} sm{record.card}"
         if one.onnx != record.onnx:
             found.append(f"{where}: another graph")
-        elif one.engine != record.engine and record.reproducible:
-            found.append(f"{where}: another engine of the same graph")
+        elif one.recipe != record.recipe:
+            found.append(f"{where}: the same graph, built in another way")
     return found

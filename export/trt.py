@@ -3,7 +3,7 @@
 Each engine is built by a process of its own (`trt_child.py`), for two reasons. A builder that gives
 up takes nothing else with it. And the builder orders some of what is alike by its addresses: two
 engines of one graph, built in one process, differ in a few bytes. A fresh process whose addresses
-are not random, with the same environment, gives the same bytes every time.
+are not random, with the same environment, gives the same bytes every time in one installation.
 
 Classic TensorRT has the same interface and goes the same way (`CLASSIC`). Its builder wants the
 card that the engine is for, and could not be installed where this was written: not tested.
