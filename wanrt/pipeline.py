@@ -238,7 +238,7 @@ class Pipeline:
         """
         if self.components.device.type == "cpu" and self.budgets.vram is None:
             return None
-        if self.components.engine is not None:
+        if self.components.engine is not None and self.components.engine.name == "onnxruntime":
             return None  # ONNX Runtime has memory of its own, which no plan can keep
         lengths = [len(rows.reshape(-1, rows.shape[-1])) for rows in embeds if rows is not None]
         texts = _without(embeds, request.prompts)

@@ -5,8 +5,9 @@ weights of the module that it stands for as they lie at each call: a block that 
 that was merged, needs no further word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from wanrt.engine.graphs import Graphs, Runner
 from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
+from wanrt.kernels.limits import PART_TOKENS
+from wanrt.memory.offload import WeightStream
 from wanrt.models.clip import ClipVision
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
 from wanrt.models.layers import CrossKV
 from wanrt.models.umt5 import Umt5Encoder
 from wanrt.weights.names import Kind
 
-PART_TOKENS = 8192  # that graphs take at once where each token is computed by itself
 _TOKEN_AXIS = {"x": 1, "y": 1, "level": 1, "freqs": 0}  # of the inputs that have tokens
 
 
@@ -132,7 +134,7 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
     if dit.spec.image_dim is not None:
         _replace(graphs, "dit.image", dit.img_emb, "image")
     for i, block in enumerate(dit.blocks):
-        _attach_block(block, graphs, i)
+        _attach_block(block, graphs, i, _text_visit(dit, f"blocks.{i}"))
     if graphs.has("dit.head"):
         head = Call(graphs.get("dit.head"), dit.head)
         dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
@@ -140,17 +142,32 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
         _replace(graphs, "dit.vace_patch", dit.vace_patch_embedding, "latents")
         _replace_by_token(graphs, "dit.before", 0, dit.vace_blocks[0].before_proj)
         for j, side in enumerate(dit.vace_blocks):
-            _attach_block(side, graphs, len(dit.blocks) + j)
+            visit = _text_visit(dit, f"vace_blocks.{j}")
+            _attach_block(side, graphs, len(dit.blocks) + j, visit)
             _replace_by_token(graphs, "dit.after", j, side.after_proj)
 
 
-def _attach_block(block: Block, graphs: Graphs, index: int) -> None:
+def _text_visit(dit: WanDiT, block: str) -> Callable[[], None]:
+    """Brings the weights for a block's keys and values of the text, where blocks stream.
+
+    Else the first of their matrices does when it is called, which a graph never does.
+    """
+    stream: WeightStream | None = getattr(dit, "weight_stream", None)
+    if stream is None:
+        return lambda: None
+    return partial(stream.visit, f"{block}.cross_attn.k")
+
+
+def _attach_block(block: Block, graphs: Graphs, index: int, text_visit: Callable[[], None]) -> None:
     """In two parts around the native attention where the bundle has them, else whole."""
     if _has(graphs, "dit.kv", index):
         kv = Call(_graph(graphs, "dit.kv", index), block.cross_attn)
-        block.cross_attn.prepare = lambda context, image: CrossKV(
-            *kv(context=context, image=image).values()
-        )
+
+        def prepare(context: Tensor, image: Tensor | None) -> CrossKV:
+            text_visit()
+            return CrossKV(*kv(context=context, image=image).values())
+
+        block.cross_attn.prepare = prepare
     if _has(graphs, "dit.pre", index):
         _attach_parts(block, graphs, index)
     elif _has(graphs, "dit.block", index):
