@@ -57,6 +57,7 @@ def step_activations(
             3e(N + P)          q, k and v, whole; of the first part, whose shapes they have, too
             4eN + extra        with what the native attention makes; `extra` as in dit_bytes
             eN + 4N + (4 + e)P its result, new tokens beside the old ones, and a part of both
+            2eN                of VACE: control tokens before they meet the others
             the embedded texts, or the head, natively
 
     Up to 8192 tokens go at once, without the first part. An engine of a whole block has only the
@@ -73,7 +74,7 @@ def step_activations(
         else (3 * element * (n + first), 4 * element * n + extra, element * (n + part) + new)
     )
     around = (prepare_bytes(spec, tokens, element), head_bytes(spec, tokens))
-    vace = 2 * new if spec.vace_layers else 0  # the first control tokens, and their sum with x
+    vace = 2 * element * n if spec.vace_layers else 0
     return streams + max(*inside, *around, vace)
 
 
