@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bundle_files
 import pytest
 import torch
 from bundle_files import RELEASE
+from engine_files import write_engines
 
 from wanrt import cli_plan
 from wanrt.config import MODELS
-from wanrt.engine import bundle as bundles
 from wanrt.engine.bundle import Bundle
-from wanrt.engine.manifest import Engine, Graph, Licence, Manifest, Model, Precision, Provenance
 from wanrt.engine.memory import engine_bytes, format_in
 from wanrt.engine.trt_place import Workspace
 from wanrt.errors import BudgetError, FormatError
@@ -69,35 +67,11 @@ def workspaces(precision: str) -> dict[str, int]:
     return AROUND | halves | sections
 
 
-def write(path: Path, sizes: dict[str, int], eight: Precision = "bf16", card: int = 89) -> Bundle:
-    """A bundle of engines of these workspaces; what is in them is made up."""
-    contents: dict[str, bytes | Path] = {"licences/apache-2.0.txt": b"Apache"}
-    graphs, engines = [], []
-    for name, size in sorted(sizes.items()):
-        precision = eight if name in ("dit.pre", "dit.post", "dit.kv") else "bf16"
-        contents[f"onnx/{name}.onnx"] = bundle_files.onnx()
-        contents[f"engines/{name}.engine"] = name.encode()
-        graphs.append(Graph(name, f"onnx/{name}.onnx", precision, False, 23, ()))
-        member = f"engines/{name}.engine"
-        engines.append(Engine(name, member, "tensorrt-rtx", RELEASE, (card,), size))
-    manifest = Manifest(
-        format=1,
-        model=Model.of(B14),
-        graphs=tuple(graphs),
-        engines=tuple(engines),
-        weights=(),
-        tokenizer="",
-        licences=(Licence("Apache-2.0", "licences/apache-2.0.txt", (graphs[0].member,)),),
-        provenance=Provenance("", False, ()),
-        members=bundles.members_of(contents),
-    )
-    bundles.write(path, manifest, contents, bundle_files.SIGNER)
-    return Bundle.look(path)
-
-
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write(tmp_path_factory.mktemp("int8") / "bundle", workspaces("int8"), "int8")
+    return write_engines(
+        B14, tmp_path_factory.mktemp("int8") / "bundle", workspaces("int8"), "int8"
+    )
 
 
 def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_path: Path) -> None:
@@ -110,17 +84,17 @@ def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_pat
             engine_bytes(int8, B14.vae, card, release)
 
     plain = workspaces("bf16") | BLOCKS["bf16"] | {"dit.attention": 3096576000}
-    with_all = write(tmp_path / "all", plain)
+    with_all = write_engines(B14, tmp_path / "all", plain)
     assert format_in(with_all.manifest) == "bf16"
     assert engine_bytes(with_all, B14.vae, 89).step == 1010691072  # what halves leave idle is not
     plain.pop("vae.decode.2.first")
     plain |= {"vae.decode.first": 1 << 30, "vae.decode.step": 2 << 30}
     whole = plain
-    found = engine_bytes(write(tmp_path / "part", whole), B14.vae, 89)
+    found = engine_bytes(write_engines(B14, tmp_path / "part", whole), B14.vae, 89)
     assert found.decode == VaeEngines(whole=2 << 30)
     assert found.blocks == "halves"
     whole.pop("dit.pre")
-    found = engine_bytes(write(tmp_path / "whole", whole), B14.vae, 89)
+    found = engine_bytes(write_engines(B14, tmp_path / "whole", whole), B14.vae, 89)
     assert (found.blocks, found.step) == ("whole", 7318264320)
 
 
@@ -130,7 +104,7 @@ def question(engines: EngineBytes, ask: Ask = HD, precision: str = "int8") -> Qu
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_the_14b_denoises_720p_in_12_gib(precision: str, tmp_path: Path) -> None:
-    bundle = write(tmp_path / "bundle", workspaces(precision), precision)
+    bundle = write_engines(B14, tmp_path / "bundle", workspaces(precision), precision)
     engines = engine_bytes(bundle, B14.vae, 89)
     plan = plan_for_any_text(question(engines, replace(HD, decodes=False), precision), 12 * GIB)
     step = plan.options["step"].phase
