@@ -7,21 +7,22 @@ where it was. Peak: the largest tensor, or with embedded weights one block and i
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from wanrt.config import WanSpec
 from wanrt.engine import bundle as bundles
-from wanrt.engine.manifest import FORMAT, Graph, Input, Licence, Manifest, Model, Precision
+from wanrt.engine.manifest import FORMAT, Engine, Graph, Licence, Manifest, Model, Precision
 from wanrt.engine.trust import Signer
 from wanrt.errors import UsageError
 from wanrt.export import dit, encoders, onnx, qdq, vae
-from wanrt.export.part import Part
+from wanrt.export.engine_set import build_set
+from wanrt.export.engines import Job, inputs_of, jobs_of
+from wanrt.export.part import DTYPES
 from wanrt.export.source import licence_text, provenance
-from wanrt.quant.formats import LinearFormat
 from wanrt.quant.policy import EightBit
 from wanrt.weights.contents import Weights
 from wanrt.weights.load import skeleton
@@ -30,11 +31,6 @@ from wanrt.weights.parts import Parts
 from wanrt.weights.quantize import rewrite_model
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 _TEXT: dict[Precision, Precision] = {"fp16": "fp32"}  # umT5 overflows in fp16
 _LICENCE = "licences/apache-2.0.txt"
 
@@ -45,7 +41,8 @@ class Order:
 
     `plain` is the precision of what is not quantised, `eight_bit` that of the blocks' products.
     `embed`: weights are within the graphs; else they lie beside them, unless `weights` is false.
-    `wanted` says of a graph's name whether it is.
+    `engines`: those of TensorRT-RTX, with their graphs; else the graphs that ONNX Runtime runs, of
+    every part, blocks and steps whole.
     """
 
     spec: WanSpec
@@ -54,29 +51,25 @@ class Order:
     eight_bit: EightBit | None = None
     embed: bool = False
     weights: bool = True
-    wanted: Callable[[str], bool] = field(default=lambda name: True, compare=False)
+    engines: bool = False
 
     def __post_init__(self) -> None:
         assert self.parts is not None or not (self.embed or self.weights), f"{self=}"
         if self.embed and self.spec.boundary is not None:
             raise UsageError("--embed takes the weights of one transformer; this model has two")
+        if self.engines and self.embed:
+            raise UsageError("engines of TensorRT-RTX take weights as inputs; leave --embed out")
+        if self.engines and self.plain == "fp32":
+            raise UsageError(
+                "TensorRT-RTX has no attention in fp32; choose --precision bf16, fp16, int8 or fp8"
+            )
 
     @property
     def key(self) -> str:
         """What finished files depend on."""
         told = {"spec": asdict(self.spec), "plain": self.plain, "eight_bit": self.eight_bit}
-        told |= {"embed": self.embed, "source": asdict(provenance())}
+        told |= {"embed": self.embed, "engines": self.engines, "source": asdict(provenance())}
         return json.dumps(told, sort_keys=True, default=str)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A part, the formats of its weights, and the precision of its products."""
-
-    kind: Kind
-    part: Part
-    precision: Precision
-    formats: dict[str, LinearFormat]
 
 
 def export(order: Order, out: Path, signer: Signer, progress: Progress) -> Manifest:
@@ -85,34 +78,22 @@ def export(order: Order, out: Path, signer: Signer, progress: Progress) -> Manif
     Raises FormatError for the model's files, OutputError where something is in the way.
     """
     work = _work_folder(order, out)
-    wanted = list(wanted_graphs(order))
-    graphs = []
-    for i, one in enumerate(wanted):
-        progress(f"export {one.part.name}", i, len(wanted))
-        graphs += list(_write_graphs(order, one, work))
-    progress("export", len(wanted), len(wanted))
-    tokenizer = ""
-    if order.weights and not order.embed:
-        for _ in rewrite_model(
-            order.parts, order.spec.id, work / "weights", order.eight_bit, progress
-        ):
-            pass
-    elif order.embed and order.parts.tokenizer is not None:
-        (work / "weights").mkdir(exist_ok=True)
-        shutil.copyfile(order.parts.tokenizer, work / "weights" / order.parts.tokenizer.name)
-    contents: dict[str, bytes | Path] = {_LICENCE: licence_text()}
-    for folder in ("onnx", "weights"):
-        contents |= {f"{folder}/{path.name}": path for path in sorted((work / folder).glob("*"))}
-    weights = tuple(sorted(n for n in contents if n.endswith(".safetensors")))
-    tokenizer = next((n for n in contents if n.startswith("weights/") and n not in weights), "")
+    made = (
+        _build_engines(order, work, progress) if order.engines else _export(order, work, progress)
+    )
+    _write_weights(order, work / "weights", progress)
+    contents: dict[str, bytes | Path] = {_LICENCE: licence_text(), **made.files}
+    contents |= {f"weights/{path.name}": path for path in sorted((work / "weights").glob("*"))}
+    weights = tuple(sorted(name for name in contents if name.endswith(".safetensors")))
+    beside = (n for n in contents if n.startswith("weights/") and n not in weights)
     manifest = Manifest(
         format=FORMAT,
         model=Model.of(order.spec),
-        graphs=tuple(sorted(graphs, key=lambda graph: graph.name)),
-        engines=(),
+        graphs=tuple(sorted(made.graphs, key=lambda graph: graph.name)),
+        engines=tuple(sorted(made.engines, key=lambda engine: engine.member)),
         weights=weights,
-        tokenizer=tokenizer,
-        licences=(Licence("Apache-2.0", _LICENCE, tuple(graph.member for graph in graphs)),),
+        tokenizer=next(beside, ""),
+        licences=(Licence("Apache-2.0", _LICENCE, tuple(g.member for g in made.graphs)),),
         provenance=provenance(),
         members=bundles.members_of(contents),
     )
@@ -121,32 +102,82 @@ def export(order: Order, out: Path, signer: Signer, progress: Progress) -> Manif
     return manifest
 
 
-def wanted_graphs(order: Order) -> Iterator[Wanted]:
-    """Every graph of the order's model, in the order of a request."""
+class _Made(NamedTuple):
+    """What goes into a bundle beside weights; files by the names of members."""
+
+    graphs: list[Graph]
+    engines: list[Engine]
+    files: dict[str, Path]
+
+
+def _export(order: Order, work: Path, progress: Progress) -> _Made:
+    """Graphs for ONNX Runtime."""
+    wanted, graphs = list(wanted_graphs(order)), []
+    for i, one in enumerate(wanted):
+        progress(f"export {one.part.name}", i, len(wanted))
+        graphs += list(_write_graphs(order, one, work / "onnx"))
+    progress("export", len(wanted), len(wanted))
+    return _Made(graphs, [], {g.member: work / g.member for g in graphs})
+
+
+def _build_engines(order: Order, work: Path, progress: Progress) -> _Made:
+    """Engines of TensorRT-RTX, and the graphs that they were built from."""
+    todo = list(jobs_of(order.spec.id, order.spec, order.plain, order.eight_bit))
+    built = 0
+
+    def report(line: str) -> None:
+        nonlocal built
+        built += 1
+        progress("build engines", built, 0)
+
+    records = build_set(work / "engines", todo, report)
+    made = _Made([], [], {})
+    jobs = {job.part.name: job for job in todo}
+    for record in records:
+        engine = f"engines/{record.part}.sm{record.card}.engine"
+        made.files[engine] = work / "engines" / record.file
+        cards, memory = (record.card,), record.workspace
+        made.engines.append(
+            Engine(record.part, engine, "tensorrt-rtx", record.release, cards, memory)
+        )
+        graph = f"onnx/{record.part}.onnx"
+        if graph not in made.files:
+            made.files[graph] = (work / "engines" / record.file).with_name(f"{record.part}.onnx")
+            made.graphs.append(_record(made.files[graph], graph, jobs[record.part], False))
+    return made
+
+
+def _write_weights(order: Order, folder: Path, progress: Progress) -> None:
+    """The model's weights and tokenizer; of embedded weights the tokenizer alone."""
+    if order.parts is None or not order.weights:
+        return
+    if not order.embed:
+        for _ in rewrite_model(order.parts, order.spec.id, folder, order.eight_bit, progress):
+            pass
+    elif order.parts.tokenizer is not None:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(order.parts.tokenizer, folder / order.parts.tokenizer.name)
+
+
+def wanted_graphs(order: Order) -> Iterator[Job]:
+    """Every graph that ONNX Runtime wants of a model, in the order of a request."""
     spec, there = order.spec, None if order.parts is None else order.parts.found
-    text = _TEXT.get(order.plain, order.plain)
-
-    def has(kind: Kind) -> bool:
-        return there is None or kind in there
-
-    if has("umt5"):
+    name, plain, dtype = spec.id, order.plain, DTYPES[order.plain]
+    text = _TEXT.get(plain, plain)
+    if there is None or "umt5" in there:
         encoder = encoders.empty_umt5(spec.umt5, DTYPES[text])
-        for part in encoders.umt5_parts(encoder, DTYPES[text]):
-            yield Wanted("umt5", part, text, {})
-    if spec.clip is not None and has("clip"):
-        tower = encoders.empty_clip(spec.clip, DTYPES[order.plain])
-        for part in encoders.clip_parts(tower, DTYPES[order.plain]):
-            yield Wanted("clip", part, order.plain, {})
-    transformer = dit.empty(spec.dit, DTYPES[order.plain])
-    for part in dit.parts(transformer, DTYPES[order.plain]):
-        formats = dit.formats(transformer, part, order.eight_bit) if order.eight_bit else {}
-        if order.wanted(part.name):
-            yield Wanted("dit", part, order.eight_bit if formats else order.plain, formats)
-    if has("vae"):
-        coder = vae.empty(spec.vae, DTYPES[order.plain])
-        for part in vae.parts(coder, DTYPES[order.plain]):
-            if order.wanted(part.name):
-                yield Wanted("vae", part, order.plain, {})
+        yield from (Job(name, text, part) for part in encoders.umt5_parts(encoder, DTYPES[text]))
+    if spec.clip is not None and (there is None or "clip" in there):
+        tower = encoders.empty_clip(spec.clip, dtype)
+        yield from (Job(name, plain, part) for part in encoders.clip_parts(tower, dtype))
+    transformer = dit.empty(spec.dit, dtype)
+    for part in dit.parts(transformer, dtype):
+        if part.name not in ("dit.pre", "dit.post"):
+            formats = dit.formats(transformer, part, order.eight_bit) if order.eight_bit else {}
+            yield Job(name, order.eight_bit if formats else plain, part, formats)
+    if there is None or "vae" in there:
+        parts = vae.parts(vae.empty(spec.vae, dtype), dtype)
+        yield from (Job(name, plain, part) for part in parts if not vae.is_section(part))
 
 
 def _work_folder(order: Order, out: Path) -> Path:
@@ -160,11 +191,10 @@ def _work_folder(order: Order, out: Path) -> Path:
     return work
 
 
-def _write_graphs(order: Order, wanted: Wanted, work: Path) -> Iterator[Graph]:
+def _write_graphs(order: Order, wanted: Job, folder: Path) -> Iterator[Graph]:
     """The files of one part: one, or with embedded weights one for each of its homes."""
     part = wanted.part
     indices = range(len(part.homes)) if order.embed else [None]
-    folder = work / "onnx"
     names = {i: part.name if i is None else part.name_at(i) for i in indices}
     model: onnx.Model | None = None
     for i, name in names.items():
@@ -175,20 +205,21 @@ def _write_graphs(order: Order, wanted: Wanted, work: Path) -> Iterator[Graph]:
             partial = path.with_suffix(".part")
             partial.write_bytes(onnx.serialise(held))
             partial.replace(path)
-        yield _record(path, wanted, order.embed)
+        yield _record(path, f"onnx/{path.name}", wanted, order.embed)
 
 
-def _trace(wanted: Wanted) -> onnx.Model:
+def _trace(wanted: Job) -> onnx.Model:
     model = onnx.trace(wanted.part)
     return qdq.quantise(model, wanted.formats) if wanted.formats else model
 
 
-def _weights_of(order: Order, wanted: Wanted, model: onnx.Model, index: int) -> dict[str, Tensor]:
+def _weights_of(order: Order, wanted: Job, model: onnx.Model, index: int) -> dict[str, Tensor]:
     """What a graph's inputs are in one of the modules that it serves."""
     assert order.parts is not None
-    found = order.parts.found[wanted.kind]
-    dtype = DTYPES[wanted.precision if wanted.precision in DTYPES else order.plain]
-    weights = Weights(skeleton(wanted.kind, found.spec), found, dtype, check=True)
+    kind = cast(Kind, wanted.part.name.partition(".")[0])
+    found = order.parts.found[kind]
+    dtype = DTYPES.get(wanted.precision, DTYPES[order.plain])
+    weights = Weights(skeleton(kind, found.spec), found, dtype, check=True)
     home = wanted.part.homes[index]
     prefix = f"{home}." if home else ""
     weights.formats = {prefix + name: form for name, form in wanted.formats.items()}
@@ -196,23 +227,8 @@ def _weights_of(order: Order, wanted: Wanted, model: onnx.Model, index: int) -> 
     return {names[name]: weights.read(name) for name in weights.names() if name in names}
 
 
-def _record(path: Path, wanted: Wanted, embedded: bool) -> Graph:
+def _record(path: Path, member: str, wanted: Job, embedded: bool) -> Graph:
     """What the manifest says of a finished graph."""
-    model = onnx.parse(path.read_bytes())
-    values = {value.name: value for value in wanted.part.inputs}
-    inputs = []
-    for given in model.graph.inputs:
-        dtype = onnx.DTYPES[given.dtype]
-        if given.name in values:
-            value = values[given.name]
-            least, best, most = (
-                value.at(lambda axis, name=name: getattr(axis, name))
-                for name in ("min", "opt", "max")
-            )
-            inputs.append(Input(given.name, dtype, least, best, most))
-        else:
-            shape = tuple(given.shape.numpy())
-            inputs.append(Input(given.name, dtype, shape, shape, shape))
-    name = path.name.removesuffix(".onnx")
-    member = f"onnx/{path.name}"
-    return Graph(name, member, wanted.precision, embedded, onnx.OPSET, tuple(inputs))
+    inputs = inputs_of(onnx.parse(path.read_bytes()), wanted.part)
+    name = Path(member).name.removesuffix(".onnx")
+    return Graph(name, member, wanted.precision, embedded, onnx.OPSET, inputs)

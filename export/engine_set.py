@@ -16,7 +16,7 @@ from wanrt import config
 from wanrt.engine.manifest import Input
 from wanrt.errors import FormatError
 from wanrt.export import onnx, trt
-from wanrt.export.engines import CARDS, LARGEST, Job, at_best, fused, inputs_of
+from wanrt.export.engines import LARGEST, Job, at_best, cards_for, fused, inputs_of
 from wanrt.kernels import onnx_ops
 from wanrt.models import layers
 from wanrt.quant import formats
@@ -77,14 +77,14 @@ def build_set(
         for job in todo:
             kept = [
                 done.get((job.model, job.part.name, job.precision, card))
-                for card in CARDS[job.precision]
+                for card in cards_for(job.precision)
             ]
             if all(one and one.sources == sources and _holds(folder, one) for one in kept):
                 found += [one for one in kept if one]
                 continue
             model = job.trace()
             graph, inputs = onnx.serialise(model), inputs_of(model, job.part)
-            for card, old in zip(CARDS[job.precision], kept, strict=True):
+            for card, old in zip(cards_for(job.precision), kept, strict=True):
                 work = _Work(folder, job, graph, inputs, card, sources)
                 pending.append(pool.submit(work.record, old, report))
         found += [one.result() for one in pending]

@@ -11,10 +11,10 @@ from typing import get_args
 
 import torch
 
-from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2
+from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2, WanSpec
 from wanrt.engine.manifest import Input, Precision
 from wanrt.export import dit, onnx, qdq, rtx, trt, vae
-from wanrt.export.part import Axis, Part
+from wanrt.export.part import DTYPES, Axis, Part
 from wanrt.quant.formats import LinearFormat
 from wanrt.quant.policy import EightBit
 
@@ -69,9 +69,35 @@ def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) 
             yield from _transformer(model, wanted)
 
 
+def jobs_of(
+    name: str, spec: WanSpec, plain: Precision, eight_bit: EightBit | None
+) -> Iterator[Job]:
+    """What the bundle of one model wants: the halves of its blocks, what is around them, the VAE.
+
+    Attention between the halves is native, and the VAE goes by sections, so that little need be
+    there twice. Encoders of text and pictures run once per request and stay native.
+    """
+    dtype = DTYPES[plain]
+    empty = dit.empty(spec.dit, dtype)
+    for part in dit.parts(empty, dtype):
+        if part.name != "dit.block":
+            formats = dit.formats(empty, part, eight_bit) if eight_bit else {}
+            yield Job(name, eight_bit if formats else plain, part, formats)
+    for part in vae.parts(vae.empty(spec.vae, dtype), dtype):
+        if vae.is_section(part):
+            yield Job(name, plain, part)
+
+
+def cards_for(precision: Precision) -> tuple[int, ...]:
+    """Compute capabilities that multiply it; fp16 wherever bf16 is."""
+    return CARDS.get(precision, CARDS["bf16"])
+
+
 def _transformer(model: str, wanted: Collection[str]) -> Iterator[Job]:
     empty = dit.empty(MODELS[model].dit, _BF16)
-    for part in (dit.attention(empty, _BF16), *dit.parts(empty, _BF16)):
+    if "bf16" in wanted:
+        yield Job(model, "bf16", dit.attention(empty, _BF16))
+    for part in dit.parts(empty, _BF16):
         if "bf16" in wanted:
             yield Job(model, "bf16", part)
         for precision in get_args(EightBit):

@@ -38,8 +38,8 @@ DTYPES = {
 }
 Model = ir.Model
 _TIDY = ir.passes.Sequential(ClearMetadataAndDocStringPass(), RemoveUnusedOpsetsPass())
-# Of the exporter and of torch.export, whoever calls; nothing in them concerns a graph.
-_NOISE = ("torch.onnx", "torch.export", "torch._export", "onnxscript")
+# Whose warnings concern no graph: of operators that are not installed, of types yet to be inferred.
+_NOISE = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 
 
 class _Pure(nn.Module):
@@ -117,7 +117,8 @@ def constant(name: str, tensor: Tensor) -> ir.Tensor:
 
 def checked(model: ir.Model) -> ir.Model:
     """The same graph with every shape inferred, once ONNX's own checker has nothing against it."""
-    model = ShapeInferencePass(check_type=True, strict_mode=True)(model).model
+    with _quiet():
+        model = ShapeInferencePass(check_type=True, strict_mode=True)(model).model
     return CheckerPass()(model).model
 
 
@@ -138,7 +139,7 @@ def _stand_in(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's chatter; its errors are raised all the same."""
+    """Without the libraries' chatter; their errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in _NOISE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -66,6 +66,11 @@ def parts(vae: WanVAE, dtype: torch.dtype) -> Iterator[Part]:
                 yield _part(vae, _Run(full, side == "decode", first, sections, *place), dtype)
 
 
+def is_section(part: Part) -> bool:
+    """Whether it is a piece of a step, as `vae.decode.0.first`."""
+    return part.name.split(".")[2].isdigit()
+
+
 def empty(spec: VaeSpec, dtype: torch.dtype) -> WanVAE:
     """A VAE of a spec on the meta device, with the ops of ONNX."""
     names = (name for name in VaeOps._fields if name not in _NO_ONNX)

@@ -60,8 +60,16 @@ _DTYPES = {
 }
 
 
-def engine_of(graph: bytes, inputs: Sequence[Input], outputs: dict[str, list[int | str]]) -> bytes:
-    """The bytes of a fake engine; dimensions of outputs are numbers, or `input:axis`."""
+Sizes = list[int | str]
+
+
+def engine_of(
+    graph: bytes, inputs: Sequence[Input], outputs: dict[str, Sizes] | None = None
+) -> bytes:
+    """The bytes of a fake engine; dimensions of outputs are numbers, or `input:axis`.
+
+    Without them, shapes are found by running the graph on zeros.
+    """
     head = {"inputs": [asdict(one) for one in inputs], "outputs": outputs}
     return MAGIC + json.dumps(head).encode() + b"\n" + graph
 
@@ -71,6 +79,7 @@ class FakePlace:
 
     device = torch.device("cpu")
     compute_capability = 89
+    at_once = False  # work is done when it comes, for what reads results between two engines
 
     def __init__(self) -> None:
         self._held: list[Tensor] = []
@@ -93,6 +102,8 @@ class FakePlace:
 
     def enqueue(self, work: Callable[[], None]) -> None:
         self._queue.append(work)
+        if self.at_once:
+            self.synchronise()
 
     def synchronise(self) -> None:
         """Do the work that waits, then let go of what was held for it."""
@@ -128,9 +139,11 @@ class ICudaEngine:
         self._logger = logger
         self._runner = OrtRunner("fake", graph, torch.device("cpu"), threads=1)
         self._limits = {one["name"]: one for one in head["inputs"]}
-        self._results: dict[str, list[int | str]] = head["outputs"]
+        told: dict[str, Sizes] | None = head["outputs"]
+        self._results = dict.fromkeys(self._runner.outputs) if told is None else told
         assert set(self._limits) == set(self._runner.inputs)
         assert set(self._results) == set(self._runner.outputs)
+        self._tried: dict[Any, dict[str, tuple[int, ...]]] = {}
         self._names = [*self._limits, *self._results]
         self.num_io_tensors = len(self._names)
 
@@ -221,6 +234,9 @@ class IExecutionContext:
         return self._need
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if self._engine._results[name] is None:
+            return self._tried()[name]
+
         def size(dimension: int | str) -> int:
             if isinstance(dimension, int):
                 return dimension
@@ -228,6 +244,16 @@ class IExecutionContext:
             return self._shapes[source][int(axis)]
 
         return tuple(size(dimension) for dimension in self._engine._results[name])
+
+    def _tried(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all results, found by trying; once for each set of shapes."""
+        key = tuple(sorted(self._shapes.items()))
+        if key not in self._engine._tried:
+            runner = self._engine._runner
+            zeros = {n: torch.zeros(s, dtype=runner.inputs[n]) for n, s in self._shapes.items()}
+            found = {name: tuple(tensor.shape) for name, tensor in runner(zeros).items()}
+            self._engine._tried[key] = found
+        return self._engine._tried[key]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._engine._names or not memory:

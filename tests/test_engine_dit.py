@@ -8,13 +8,15 @@ import torch
 from onnx_graphs import TracedGraphs, Without
 from torch import Tensor
 
-from wanrt.config import DitSpec
+from wanrt.config import MODELS, DitSpec
 from wanrt.engine import attach
 from wanrt.engine.ort import OrtRunner
 from wanrt.errors import FormatError, UsageError
 from wanrt.export import dit as parts
+from wanrt.export import onnx
 from wanrt.export.part import cast
 from wanrt.models.dit import WanDiT
+from wanrt.models.layers import RopeTables
 
 SMALL = DitSpec(dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=48)
 SPECS = {
@@ -23,6 +25,7 @@ SPECS = {
     "vace": replace(SMALL, vace_layers=(0,)),
     "ti2v-5b": replace(SMALL, in_dim=48, out_dim=48),
 }
+FP32, CPU = torch.float32, torch.device("cpu")
 HALVES = ("dit.block",)
 WHOLE = ("dit.pre", "dit.post")
 
@@ -140,3 +143,24 @@ def test_fp16_products_with_fp32_around_them() -> None:
     with torch.inference_mode():
         rounded, actual, exact = native(**given), engine(**given), build(SMALL)(**given)
     assert distance(actual, exact) < 2 * distance(rounded, exact) < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit.pre", "dit.post", "dit.block", "dit.kv", "dit.head"])
+def test_parts_of_real_width(name: str) -> None:
+    """Those of the 1.3B, at 1200 tokens of a clip and 130 rows of text."""
+    spec = replace(MODELS["wan2.1-t2v-1.3b"].dit, num_layers=1)
+    part = next(p for p in parts.parts(parts.empty(spec, FP32), FP32) if p.name == name)
+    module = build(spec).get_submodule(part.homes[0])
+    sizes = {"L": 1200, "n": 130}
+    given = {v.name: torch.randn(v.at(lambda axis: sizes[axis.name])) for v in part.inputs}
+    if "freqs" in given:
+        given["freqs"] = RopeTables(spec.head_dim).get((3, 20, 20), CPU)
+    runner = OrtRunner(name, onnx.serialise(onnx.trace(part)), CPU)
+    weights = {n: w for n, w in module.named_parameters() if n in runner.inputs}
+    with torch.inference_mode():
+        expected = part.function(module, *(x.clone() for x in given.values()))
+        actual = runner(given | weights)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for made, wanted in zip(actual.values(), expected, strict=True):
+        assert distance(made, wanted) < 1e-5

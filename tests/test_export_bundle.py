@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
+from wanrt.engine.manifest import is_bundle
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
 from wanrt.export import onnx
@@ -111,6 +112,18 @@ def test_a_whole_request_is_marked_like_any_other(
     assert "marked: watermark" in capsys.readouterr().out
 
 
+def test_a_bundle_is_told_from_other_folders(
+    exported: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", str(exported("nano"))])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert "nano, commit" in told and "onnx/dit.block.onnx" in told
+    (tmp_path / "manifest.json").write_text('{"name": "something else"}')
+    assert is_bundle(exported("nano")) and not is_bundle(tmp_path)
+
+
 def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo) -> None:
     """A zip of megabytes, from a released model's shapes: no weight is read to make it."""
     graphs = exported("nano", "--no-weights", ending=".zip")
@@ -175,11 +188,13 @@ class Refusal(NamedTuple):
 
 REFUSALS = [
     Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export"),
-    Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
-    Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine onnxruntime"),
+    Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine"),
+    Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine"),
     Refusal({"engine": "xla", "bundle": "BUNDLE"}, UsageError, "choose native, onnxruntime"),
     Refusal(
-        {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"}, UsageError, "memory of its own"
+        {"engine": "onnxruntime", "bundle": "BUNDLE", "vram": "8G"},
+        UsageError,
+        "memory of its own",
     ),
     Refusal(
         {"engine": "onnxruntime", "bundle": "BUNDLE", "precision": "fp16"},

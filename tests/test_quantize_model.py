@@ -59,6 +59,20 @@ def test_files_hold_what_loading_makes(
         assert torch.equal(made[name], dequantize(quantize(weight, dtype)) if matrix else weight)
 
 
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_clip_tower_keeps_its_last_block(
+    precision: EightBit | None, zoo: Any, tmp_path: Path
+) -> None:
+    """No module has that block, but files are told apart by how many there are."""
+    source = zoo.path("wan2.1-i2v-14b-480p")
+    list(rewrite_model(find_parts(source), "i2v", tmp_path, precision, lambda *_: None))
+    before, after = (load_component(path, "clip") for path in (source, tmp_path))
+    assert before.spec == after.spec
+    same(before.state_dict(), after.state_dict())
+    if precision is None:
+        same(*(load_component(path, "dit").state_dict() for path in (source, tmp_path)))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_files_can_be_widened_again(precision: EightBit, zoo: Any, tmp_path: Path) -> None:
     """To the last bit as the reference does it, the rotation undone."""

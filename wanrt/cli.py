@@ -46,7 +46,7 @@ Task = _choices("Task", "auto", "t2v", "t2i", "i2v", "flf2v", "vace")
 Solver = _choices("Solver", "unipc", "dpm++", "euler")
 Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16", "fp8", "int8")
 Device = _choices("Device", "auto", "cuda", "cpu")
-EngineName = _choices("EngineName", "native", "onnxruntime")
+EngineName = _choices("EngineName", "native", "onnxruntime", "tensorrt-rtx")
 Noise = _choices("Noise", "cpu", "cuda")
 Codec = _choices("Codec", "h264", "hevc", "av1")
 Extend = _choices("Extend", "after", "before")
@@ -105,7 +105,9 @@ def generate(
         Precision, _in(_MODEL, "auto, fp32, bf16, fp16, fp8 or int8.")
     ] = Precision.auto,
     device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
-    engine: Annotated[EngineName, _in(_MODEL, "native or onnxruntime.")] = EngineName.native,
+    engine: Annotated[
+        EngineName, _in(_MODEL, "native, onnxruntime or tensorrt-rtx.")
+    ] = EngineName.native,
     bundle: Annotated[Path | None, _in(_MODEL, "Its graphs, if apart from the model.")] = None,
     vram: Annotated[str | None, _in(_MODEL, "Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, _in(_MODEL, "Budget of host memory, as 32G.")] = None,

@@ -1,7 +1,6 @@
 """`wanrt export`: a model becomes a bundle of graphs, for engines."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,13 +16,16 @@ from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import Parts, find_parts
 
 _PLAIN = ("fp32", "fp16", "bf16")
+_BESIDE = {"onnxruntime": "fp32", "tensorrt-rtx": "bf16"}  # what is not in eight bits
 
 
 def export(
     model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, or a .zip.")],
-    engine: Annotated[str, typer.Option(help="onnxruntime.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8.")] = "fp32",
+    engine: Annotated[str, typer.Option(help="onnxruntime or tensorrt-rtx.")] = "onnxruntime",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (fp32; of engines bf16).")
+    ] = None,
     embed: Annotated[
         bool, typer.Option("--embed", help="Weights within the graphs, not beside them.")
     ] = False,
@@ -42,17 +44,18 @@ def export(
         raise UsageError(f"{error.name} is not installed, and export wants it: {hint}") from error
     from wanrt.engine.trust import load_signer, own_signer
 
+    precision = precision or _BESIDE.get(engine, "fp32")
     _check(out, engine, precision, embed, weights)
     parts = None if not weights and model in MODELS else find_parts(resolve_model(model, offline))
     eight_bit = precision if precision in ("int8", "fp8") else None
     order = bundle.Order(
         spec=MODELS[model] if parts is None else _spec(model, parts),
         parts=parts,
-        plain="fp32" if eight_bit else precision,
+        plain=precision if eight_bit is None else _BESIDE[engine],
         eight_bit=eight_bit,
         embed=embed,
         weights=weights,
-        wanted=_ENGINES[engine],
+        engines=engine == "tensorrt-rtx",
     )
     signer = own_signer() if key is None else load_signer(key)
     with Bars(quiet=as_json) as bars:
@@ -64,18 +67,16 @@ def export(
         print(json.dumps(told | {"model": made.model.id, "precision": precision}))
         return
     held = "weights within them" if embed else "weights beside them" if weights else "no weights"
-    print(f"{out}: {made.model.id} in {precision}: {len(made.graphs)} graphs, {held}, {gib(size)}")
+    print(
+        f"{out}: {made.model.id} in {precision}: {len(made.graphs)} graphs, {held}, {_shown(size)}"
+    )
 
 
-_STAGE = re.compile(r"vae\.(de|en)code\.\d")
+def _shown(size: int) -> str:
+    return gib(size) if size >= 10 << 20 else f"{size / 2**20:.1f} MiB"
 
 
-def _whole(graph: str) -> bool:
-    """Blocks with their attention, and VAE steps that are not cut into stages."""
-    return graph not in ("dit.pre", "dit.post") and not _STAGE.match(graph)
-
-
-_ENGINES = {"onnxruntime": _whole}
+_ENGINES = ("onnxruntime", "tensorrt-rtx")
 
 
 def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -> None:

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wanrt import cli_bundle
 from wanrt.config import MODELS, WanSpec
+from wanrt.engine.manifest import is_bundle
 from wanrt.errors import UsageError
 from wanrt.identity import identify
 from wanrt.loras import match
@@ -34,8 +36,12 @@ def inspect(
     model: Annotated[str | None, typer.Option(help="Which keys of a LoRA match it?")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per model.")] = False,
 ) -> None:
-    """Say what a checkpoint or a LoRA is; reads headers only."""
-    found = describe(resolve_model(path, offline=offline))
+    """Say what a checkpoint, a LoRA or a bundle is; reads headers only."""
+    where = resolve_model(path, offline=offline)
+    if is_bundle(where):
+        cli_bundle.list_members(where, as_json)
+        return
+    found = describe(where)
     spec = None if model is None else _spec_of(model, offline)
     matches = {one.path: match(one.path, spec) for one in found if spec and one.kind == "lora"}
     if as_json:
@@ -248,12 +254,13 @@ def ops(
     from wanrt.kernels.cases import dtypes_of
 
     wanted = _OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))]
-    table = Table("op", "of", *registry.BACKENDS, box=None, pad_edge=False)
+    backends = (*registry.BACKENDS, "onnx")
+    table = Table("op", "of", *backends, box=None, pad_edge=False)
     for op in registry.OPS:
         taken = dtypes_of(op)
         target = registry.here(wanted if wanted in taken else taken[0], device)
         given = str(target.dtype).removeprefix("torch.")
-        reasons = {b: registry.reason_against(op, b, target) for b in registry.BACKENDS}
+        reasons = {b: registry.reason_against(op, b, target) for b in backends}
         chosen = registry.resolve(op, target).backend
         if as_json:
             row = {"op": op, "dtype": given, "backend": chosen, "declined": reasons}

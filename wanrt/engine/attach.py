@@ -5,9 +5,8 @@ weights of the module that it stands for as they lie at each call: a block that 
 that was merged, needs no further word.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from wanrt.engine.graphs import Graphs, Runner
 from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
 from wanrt.kernels.limits import PART_TOKENS
-from wanrt.memory.offload import WeightStream
 from wanrt.models.clip import ClipVision
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
 from wanrt.models.layers import CrossKV
@@ -133,8 +131,9 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
     _replace(graphs, "dit.time_projection", dit.time_projection, "e")
     if dit.spec.image_dim is not None:
         _replace(graphs, "dit.image", dit.img_emb, "image")
+    streams = hasattr(dit, "weight_stream")
     for i, block in enumerate(dit.blocks):
-        _attach_block(block, graphs, i, _text_visit(dit, f"blocks.{i}"))
+        _attach_block(block, graphs, i, streams)
     if graphs.has("dit.head"):
         head = Call(graphs.get("dit.head"), dit.head)
         dit.head.forward = lambda x, time: head.by_token(x=x, e=time.e, level=time.level)["out"]
@@ -142,32 +141,21 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
         _replace(graphs, "dit.vace_patch", dit.vace_patch_embedding, "latents")
         _replace_by_token(graphs, "dit.before", 0, dit.vace_blocks[0].before_proj)
         for j, side in enumerate(dit.vace_blocks):
-            visit = _text_visit(dit, f"vace_blocks.{j}")
-            _attach_block(side, graphs, len(dit.blocks) + j, visit)
+            _attach_block(side, graphs, len(dit.blocks) + j, streams)
             _replace_by_token(graphs, "dit.after", j, side.after_proj)
 
 
-def _text_visit(dit: WanDiT, block: str) -> Callable[[], None]:
-    """Brings the weights for a block's keys and values of the text, where blocks stream.
+def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> None:
+    """In two parts around the native attention where the bundle has them, else whole.
 
-    Else the first of their matrices does when it is called, which a graph never does.
+    Where blocks stream, keys and values of the conditions stay native: their weights come when the
+    module that makes them is called.
     """
-    stream: WeightStream | None = getattr(dit, "weight_stream", None)
-    if stream is None:
-        return lambda: None
-    return partial(stream.visit, f"{block}.cross_attn.k")
-
-
-def _attach_block(block: Block, graphs: Graphs, index: int, text_visit: Callable[[], None]) -> None:
-    """In two parts around the native attention where the bundle has them, else whole."""
-    if _has(graphs, "dit.kv", index):
+    if not streams and _has(graphs, "dit.kv", index):
         kv = Call(_graph(graphs, "dit.kv", index), block.cross_attn)
-
-        def prepare(context: Tensor, image: Tensor | None) -> CrossKV:
-            text_visit()
-            return CrossKV(*kv(context=context, image=image).values())
-
-        block.cross_attn.prepare = prepare
+        block.cross_attn.prepare = lambda context, image: CrossKV(
+            *kv(context=context, image=image).values()
+        )
     if _has(graphs, "dit.pre", index):
         _attach_parts(block, graphs, index)
     elif _has(graphs, "dit.block", index):

@@ -22,6 +22,7 @@ EngineKind = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 DType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int32", "int64", "bool"]
 
+_BEGIN = b'{"engines":'  # the first key, by its name
 _PART = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
@@ -222,8 +223,14 @@ class Manifest:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path looks like one: a folder with a manifest, or a zip."""
-    return (path / MANIFEST).is_file() if path.is_dir() else path.suffix.lower() == ".zip"
+    """Whether a path looks like one: a zip, or a folder with a manifest in its canonical form."""
+    if not path.is_dir():
+        return path.suffix.lower() == ".zip"
+    try:
+        with open(path / MANIFEST, "rb") as file:
+            return file.read(len(_BEGIN)) == _BEGIN
+    except OSError:
+        return False
 
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:

@@ -93,7 +93,7 @@ def open_engine(
     """
     path = model if bundle is None else Path(bundle)
     if name == "native":
-        raise UsageError(f"{path} is a bundle of graphs: say what runs them, --engine onnxruntime")
+        raise UsageError(f"{path} is a bundle of graphs: say what runs them, --engine ...")
     if vram is not None and name == "onnxruntime":
         raise UsageError("--vram is kept by the native engine; ONNX Runtime has memory of its own")
     if not is_bundle(path):

@@ -166,12 +166,6 @@ class WeightStream:
         self._leave()
         self._added = added
 
-    def visit(self, module: str) -> None:
-        """As a call of this submodule does; for what computes in its place."""
-        for key, stop in self._stops.items():
-            if stop.visit.module == module:
-                self.enter(key)
-
     def enter(self, key: _Key) -> None:
         """Put the weights of a visit in their places; the visit before ends with it."""
         if self._now is not None and self._now[0] == key:

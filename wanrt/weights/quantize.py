@@ -22,7 +22,7 @@ from wanrt.quant.formats import LinearFormat
 from wanrt.quant.policy import WEIGHTS, EightBit
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.contents import Weights
-from wanrt.weights.detect import Detected, shape_of
+from wanrt.weights.detect import Detected, shape_of, translate
 from wanrt.weights.load import skeleton
 from wanrt.weights.parts import Parts
 from wanrt.weights.quantised import METADATA, check_formats, scale_of
@@ -84,6 +84,8 @@ class _Source:
     def __init__(self, found: Detected, precision: EightBit | None) -> None:
         self.found, module = found, skeleton(found.kind, found.spec)
         self._weights = Weights(module, found, torch.float32, check=True)
+        if found.kind == "clip":  # with the last block, which no module has: it is counted
+            self._weights.sources = translate(self._weights.checkpoint, found.component)[0]
         self.formats: dict[str, LinearFormat] = {}
         if precision and found.kind == "dit":
             self.formats = policy_formats(module, precision)
