@@ -60,6 +60,7 @@ def plan_request(
         decodes=decodes,
         lora=components.lora_bytes(request.loras),
         packed=components.packed,
+        engines=components.engine_bytes,
     )
     vram = free_bytes(device) if budgets.vram is None else budgets.vram
     plan = plan_for_any_text(question, vram, components.lessons)

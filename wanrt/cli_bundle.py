@@ -30,7 +30,7 @@ def verify(
 
     if (release is None) != (capability is None):
         raise UsageError("--release and --capability belong together")
-    card = None if capability is None else _capability(capability)
+    card = None if capability is None else card_of(capability, "--capability")
     trusted = keys.trusted_keys()
     given = trusted if trust is None else trusted | {keys.check_key(trust)}
     found = Bundle.open(bundle, given)
@@ -57,10 +57,11 @@ def _fitting(found: "Bundle", release: str, card: int) -> list[str]:
     return [found.engine_for(graph.name, host).member for graph in found.manifest.graphs]
 
 
-def _capability(text: str) -> int:
+def card_of(text: str, flag: str) -> int:
+    """89 for 8.9. Raises UsageError, naming the flag."""
     match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", text, re.ASCII)
     if match is None:
-        raise UsageError(f"--capability {text!r} is no compute capability such as 8.9")
+        raise UsageError(f"{flag} {text!r} is no compute capability such as 8.9")
     return 10 * int(match[1]) + int(match[2])
 
 

@@ -1,21 +1,25 @@
 """`wanrt plan`: where a request's bytes will be, said without weights, without a GPU and at once.
 
-A released model's plan imports no torch; headers of checkpoints and LoRAs are read with it.
+A released model's plan imports no torch, with a bundle of engines neither; headers of checkpoints
+and LoRAs are read with it.
 """
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from wanrt.cli_bundle import card_of
 from wanrt.command import new_app, run
 from wanrt.config import MODELS, GenerateConfig, Precision, WanSpec, find_variant
 from wanrt.errors import UsageError
 from wanrt.memory.budget import HOST_FIXED, gib
 from wanrt.memory.dit_bytes import FORMATS
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.plan import Plan, plan_for_any_text
 from wanrt.planning import Budgets, expected_machine, format_of, question_of
@@ -34,6 +38,7 @@ class _Model(NamedTuple):
     spec: WanSpec
     format: str
     packed: PackedWeights | None = None
+    engines: EngineBytes = NATIVE
 
 
 def plan(
@@ -49,6 +54,8 @@ def plan(
     device: Annotated[str, typer.Option(help="cuda or cpu; it is not looked at.")] = "cuda",
     vram: Annotated[str | None, typer.Option(help="Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, typer.Option(help="Budget of host memory, as 32G.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Of engines of TensorRT-RTX.")] = None,
+    card: Annotated[str | None, typer.Option(help="That runs them, as 8.9.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -59,10 +66,16 @@ def plan(
     ):
         if value not in legal:
             raise UsageError(f"{name} {value!r} does not exist; choose of {', '.join(legal)}")
+    if (bundle is None) != (card is None):
+        raise UsageError("--bundle and --card belong together")
+    if bundle is not None and device == "cpu":
+        raise UsageError("engines run on a card; leave --bundle or --device cpu out")
     if refs < 0:
         raise UsageError(f"refs is {refs}; it must be 0 or more")
     budgets = Budgets.parse(vram, ram)
     known = _released(model, precision) or _stored(model, precision, device, offline)
+    if bundle is not None and card is not None:
+        known = _with_engines(known, bundle, card_of(card, "--card"), precision)
     width, height = parse_size(size)
     sampling = {"task": task, "guidance": guidance, "preset": preset, "refs": (0,) * refs}
     asked = _request(known.spec, width=width, height=height, num_frames=frames, **sampling)
@@ -75,6 +88,7 @@ def plan(
         refs=refs,
         lora=_lora_bytes(lora or [], known),
         packed=known.packed,
+        engines=known.engines,
     )
     made = plan_for_any_text(question, budgets.vram)
     if as_json:
@@ -106,6 +120,26 @@ def _stored(model: str, precision: Precision, device: str, offline: bool) -> _Mo
     return _Model(components.spec, components.dtypes.format, components.packed)
 
 
+def _with_engines(model: _Model, path: Path, card: int, precision: Precision) -> _Model:
+    """The model with the engines of a bundle, by whomever; only its manifest is read.
+
+    Raises FormatError, and UsageError where the bundle is in another precision.
+    """
+    from wanrt.engine.bundle import Bundle
+    from wanrt.engine.memory import check_shapes, engine_bytes, format_in
+
+    found = Bundle.look(path)
+    check_shapes(found, model.spec)
+    engines = engine_bytes(found, model.spec.vae, card)
+    held = format_in(found.manifest)
+    if held is None:
+        return model._replace(engines=engines)
+    name = held.partition("/")[0]
+    if precision not in ("auto", name):
+        raise UsageError(f"precision {precision} asked; the bundle {path} is in {name}")
+    return _Model(model.spec, held, None, engines)
+
+
 def _request(spec: WanSpec, task: str, **settings: Any) -> Request:
     """With the pictures that the task needs, of the shape that is asked for."""
     needed = NEEDS.get(spec.task if task == "auto" else task, ())
@@ -128,11 +162,15 @@ def _lora_bytes(given: list[str], model: _Model) -> int:
 
 def show(plan: Plan, console: Console) -> None:
     """The plan as a table and what it means."""
-    table = Table(*_COLUMNS, box=None, pad_edge=False)
+    columns, engines = _COLUMNS, plan.question.engines != NATIVE
+    if engines:
+        columns = (*columns[:-2], "workspace", *columns[-2:])
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for phase in plan.phases:
         numbers = (phase.weights, phase.ring, phase.streamed, phase.activations, phase.caches)
+        numbers += (phase.workspace,) * engines
         peak = gib(plan.fixed + phase.peak)
         host = gib(phase.host) if phase.host else "-"
         table.add_row(phase.name, *(gib(n) if n else "-" for n in numbers), peak, host)

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from wanrt import env
 from wanrt.adapter import Adapter
 from wanrt.config import Lora, Precision, Task, WanSpec
-from wanrt.errors import UsageError
+from wanrt.errors import BudgetError, UsageError
 from wanrt.guidance import Expert
 from wanrt.identity import check_fit, identify
 from wanrt.kernels import registry
 from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
 from wanrt.memory import host
+from wanrt.memory.budget import enough, gib
 from wanrt.memory.dit_bytes import plain_precision
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
@@ -162,7 +164,15 @@ class Components:
         """Parts loaded from now on lie where the plan says; those that lie otherwise go."""
         if plan is self.plan:
             return
+        if self._serves("dit") and self.loras and plan.placement("step").slots:
+            raise BudgetError(
+                "LoRAs merge for an engine into weights that stay on the device, and within "
+                f"{gib(plan.budget or 0)} some stream; what would do: "
+                f"--vram {enough(plan.question.least_resident())}, or --engine native"
+            )
         self.plan, self.keep = plan, plan.keep
+        if self.engine is not None:
+            self.engine.limit(plan.workspace)
         if not plan.keep:
             self.clear()
         for name in list(self._loaded):
@@ -177,7 +187,13 @@ class Components:
     def packed(self) -> PackedWeights | None:
         """Of transformers that GGUF files pack, where they stay so; reads headers."""
         files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
-        return None if self.dtypes.eight_bit else packed_weights(files, self.dtypes.dit)
+        plain = self.dtypes.eight_bit is None and not self._serves("dit")
+        return packed_weights(files, self.dtypes.dit) if plain else None
+
+    @property
+    def engine_bytes(self) -> EngineBytes:
+        """What engines work in, for a plan."""
+        return NATIVE if self.engine is None else self.engine.memory(self.spec.vae)
 
     def dit(self, expert: Expert = "high", loras: tuple[Lora, ...] = ()) -> nn.Module:
         """The transformer with a request's LoRAs; of two experts the one asked for, alone."""
@@ -204,7 +220,7 @@ class Components:
         Eight-bit transformers give up attention, then activations, in eight bits. fp16, whose
         numbers end at 65504, becomes bf16; such a part is read again.
         """
-        if self.engine is not None and self.engine.serves(part):
+        if self._serves(part):
             return None
         names = ("dit", "low_noise") if part == "dit" else ("vae",)
         there = [name for name in names if part == "dit" and name in self._loaded]
@@ -288,9 +304,14 @@ class Components:
             if (stream := getattr(part, "weight_stream", None)) is not None:
                 stream.close()
             del part, stream
+        if self.engine is not None and names:
+            self.engine.release()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _serves(self, kind: Kind) -> bool:
+        return self.engine is not None and self.engine.serves(kind)
 
     def _placement(self, name: str) -> Placement | None:
         """Where the plan puts a part's blocks; as they lie where it has no word on them."""
@@ -322,7 +343,7 @@ class Components:
                 progress=lambda done, total: self.report(f"load {name}", done, total),
                 placement=self._placed[name],
                 changes=changes,
-                keep_packed=streams(self._placed[name]),
+                keep_packed=streams(self._placed[name]) and not self._serves(kind),
                 eight_bit=self.dtypes.eight_bit if kind == "dit" else None,
             )
             self._loaded[name] = self.engine.attach(kind, module) if self.engine else module

@@ -10,6 +10,7 @@ from wanrt.config import Precision, WanSpec
 from wanrt.memory import host
 from wanrt.memory.budget import HOST_SHARE, parse_bytes
 from wanrt.memory.dit_bytes import FORMATS, dit_weights, plain_precision
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import TYPICAL, Ask, Machine
 from wanrt.memory.question import Question
@@ -51,11 +52,13 @@ def question_of(
     decodes: bool = True,
     lora: int = 0,
     packed: PackedWeights | None = None,
+    engines: EngineBytes = NATIVE,
 ) -> Question:
     """What is asked of a machine by a request whose size is settled.
 
     refs: reference images; encodes_text: a prompt's features are not known yet; decodes: frames are
-    wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer.
+    wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer; engines:
+    what those of a bundle work in.
     """
     ask = Ask(
         request.width,
@@ -69,7 +72,7 @@ def question_of(
         decodes=decodes,
         lora=lora,
     )
-    return Question(spec, ask, precision, budgets.host, machine, packed)
+    return Question(spec, ask, precision, budgets.host, machine, packed, engines)
 
 
 def format_of(precision: Precision, spec: WanSpec) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from wanrt.engine.graphs import Graphs, Runner
 from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
+from wanrt.kernels.limits import PART_TOKENS
 from wanrt.models.clip import ClipVision
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
 from wanrt.models.layers import CrossKV
 from wanrt.models.umt5 import Umt5Encoder
 from wanrt.weights.names import Kind
 
-PART_TOKENS = 8192  # that graphs take at once where each token is computed by itself
 _TOKEN_AXIS = {"x": 1, "y": 1, "level": 1, "freqs": 0}  # of the inputs that have tokens
 
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wanrt.engine.bundle import Host
+
 
 class Runner(Protocol):
     """One graph, ready to run on one device.
@@ -36,4 +38,18 @@ class Graphs(Protocol):
 
     def get(self, name: str) -> Runner:
         """Raises FormatError where the bundle has no such graph, or none that runs here."""
+        ...
+
+
+class PlannedGraphs(Graphs, Protocol):
+    """Graphs that work in memory of ours, so that a plan counts it."""
+
+    host: Host
+
+    def limit(self, num_bytes: int) -> None:
+        """Work in no more than this from now on; what would then raises BudgetError."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what they work in until it is wanted again."""
         ...

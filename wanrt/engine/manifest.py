@@ -12,7 +12,7 @@ from typing import Any, Literal
 from wanrt.config import DitSpec, VaeSpec, WanSpec
 from wanrt.engine.records import MAX_INTEGER, parse
 from wanrt.errors import FormatError
-from wanrt.weights.safetensors_file import parse_json
+from wanrt.weights.strict_json import parse_json
 
 FORMAT = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"  # the two files that are not members

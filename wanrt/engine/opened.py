@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
 
-from wanrt.config import MODELS, WanSpec
+from wanrt.config import MODELS, VaeSpec, WanSpec
 from wanrt.engine.attach import attach
 from wanrt.engine.bundle import Bundle
-from wanrt.engine.graphs import Graphs
+from wanrt.engine.graphs import Graphs, PlannedGraphs
 from wanrt.engine.manifest import Graph, Manifest, Model, is_bundle
+from wanrt.engine.memory import check_shapes, engine_bytes
 from wanrt.errors import FormatError, UsageError
+from wanrt.memory.engine_bytes import EngineBytes
 from wanrt.weights.detect import Detected
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import Parts, find_parts
@@ -56,12 +58,30 @@ class Engine:
         """The part with graphs in the place of its arithmetic, where the bundle has them."""
         return attach(kind, module, self._graphs) if self.serves(kind) else module
 
+    def memory(self, vae: VaeSpec) -> EngineBytes:
+        """What its engines work in, for the plan of a request. Not of ONNX Runtime, which has
+        memory of its own."""
+        planned = self._planned
+        assert planned is not None, f"{self.name=}"
+        return engine_bytes(self.bundle, vae, planned.host.compute_capability, planned.host.release)
+
+    def limit(self, num_bytes: int) -> None:
+        """See `graphs.PlannedGraphs`."""
+        if self._planned is not None:
+            self._planned.limit(num_bytes)
+
+    def release(self) -> None:
+        """See `graphs.PlannedGraphs`."""
+        if self._planned is not None:
+            self._planned.release()
+
+    @property
+    def _planned(self) -> PlannedGraphs | None:
+        return None if self.name == "onnxruntime" else cast(PlannedGraphs, self._graphs)
+
     def check(self, spec: WanSpec) -> None:
         """Raises FormatError for a model of other shapes than the bundle's."""
-        held, model = self.bundle.manifest.model, Model.of(spec)
-        if (held.dit, held.vae) != (model.dit, model.vae):
-            reason = f"is of {held.id}, and the model is {spec.title}, which has other shapes"
-            raise FormatError(self.bundle.path, reason, "export this model")
+        check_shapes(self.bundle, spec)
 
 
 def open_engine(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from wanrt.errors import FormatError
-from wanrt.weights.safetensors_file import parse_json
+from wanrt.weights.strict_json import parse_json
 
 MAX_STRING = 256  # characters
 MAX_ITEMS = 4096  # of a list

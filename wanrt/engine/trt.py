@@ -155,6 +155,7 @@ class TrtRunner:
 class TrtGraphs:
     """The engines of a bundle for one card; each is read, checked and loaded when first asked for.
 
+    See `graphs.PlannedGraphs`.
     A graph that has no engine for the card is not there: what it would do stays with the others.
     """
 
@@ -165,32 +166,40 @@ class TrtGraphs:
         bundle has no engine at all for this card and this release of the library."""
         self._trt, self._place = library(kind), CudaPlace(device)
         self._bundle = bundle
-        self._host = Host(kind, self._trt.__version__, self._place.compute_capability)
+        self.host = Host(kind, self._trt.__version__, self._place.compute_capability)
         self._workspace = Workspace(self._place, limit)
         self._loaded: dict[str, TrtRunner] = {}
         names = {engine.graph for engine in bundle.manifest.engines}
         if not any(self.has(name) for name in names):
-            told = f"{kind} {self._host.release} on compute capability"
-            reason = f"has no engine for {told} {self._host.compute_capability / 10}"
+            told = f"{kind} {self.host.release} on compute capability"
+            reason = f"has no engine for {told} {self.host.compute_capability / 10}"
             raise FormatError(bundle.path, reason, "`wanrt bundle list` says what it has")
 
     def has(self, name: str) -> bool:
         """Whether there is an engine of this graph for this card."""
         return any(
             engine.graph == name
-            and (engine.kind, engine.release) == self._host[:2]
-            and self._host.compute_capability in engine.compute_capabilities
+            and (engine.kind, engine.release) == self.host[:2]
+            and self.host.compute_capability in engine.compute_capabilities
             for engine in self._bundle.manifest.engines
         )
 
     def get(self, name: str) -> TrtRunner:
         """See `graphs.Graphs`."""
         if name not in self._loaded:
-            engine = self._bundle.read(self._bundle.engine_for(name, self._host).member)
+            engine = self._bundle.read(self._bundle.engine_for(name, self.host).member)
             self._loaded[name] = TrtRunner(
                 name, engine, self._trt, self._place, self._workspace, env.cache_folder()
             )
         return self._loaded[name]
+
+    def limit(self, num_bytes: int) -> None:
+        """See `graphs.PlannedGraphs`."""
+        self._workspace.limit = num_bytes
+
+    def release(self) -> None:
+        """See `graphs.PlannedGraphs`."""
+        self._workspace.release()
 
     def close(self) -> None:
         """Keep what was compiled; engines stay loaded."""

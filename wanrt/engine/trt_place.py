@@ -85,15 +85,19 @@ class Workspace:
     """
 
     def __init__(self, place: Place, limit: int | None = None) -> None:
-        self._place, self._limit = place, limit
-        self._memory = torch.empty(0, dtype=torch.uint8, device=place.device)
+        self._place, self.limit = place, limit
+        self.release()
+
+    def release(self) -> None:
+        """Nothing is held until the next engine runs; the work on the stream keeps what it uses."""
+        self._memory = torch.empty(0, dtype=torch.uint8, device=self._place.device)
 
     def of(self, size: int) -> Tensor:
         """At least so many bytes, for work on the current stream. Raises BudgetError."""
-        if self._limit is not None and size > self._limit:
-            raise BudgetError(f"an engine works in {size} bytes; the plan leaves {self._limit}")
+        if self.limit is not None and size > self.limit:
+            raise BudgetError(f"an engine works in {size} bytes; the plan leaves {self.limit}")
         if size > self._memory.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8, device=self._place.device)
+            self.release()
             self._memory = torch.empty(size, dtype=torch.uint8, device=self._place.device)
         self._place.hold(self._memory)
         return self._memory

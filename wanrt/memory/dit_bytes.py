@@ -175,11 +175,11 @@ def activation_bytes(
         table = packed.table + packed.scratch
     return streams + max(
         table,
-        _prepare(spec, tokens, element),
+        prepare_bytes(spec, tokens, element),
         _project(n, element, tokens.levels, fused) + square,
         4 * element * n + extra,  # q, k, v and the attention's result
         _feed_forward(spec, tokens, element, fused) + wide,
-        _FP32 * n + tokens.length * spec.out_dim * 4 * _FP32,  # the head, in fp32
+        head_bytes(spec, tokens),
     )
 
 
@@ -199,7 +199,12 @@ def attention_extra(spec: DitSpec, tokens: Tokens, form: Format, fused: bool) ->
     return heads * length * ((2 + value_bytes) * size + 2 * 4)
 
 
-def _prepare(spec: DitSpec, tokens: Tokens, element: int) -> int:
+def head_bytes(spec: DitSpec, tokens: Tokens) -> int:
+    """Normalised tokens and patches of velocity, in fp32."""
+    return (tokens.length * spec.dim + tokens.length * spec.out_dim * 4) * _FP32
+
+
+def prepare_bytes(spec: DitSpec, tokens: Tokens, element: int) -> int:
     """Both texts embedded, and a key on its way through its norm: of short videos the most."""
     n = (tokens.text + tokens.image) * spec.dim
     return 2 * element * n + (2 * element + 2 * _FP32) * n

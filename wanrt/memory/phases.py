@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from wanrt.config import VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
@@ -16,6 +15,14 @@ from wanrt.memory.dit_bytes import (
     dit_weights,
     latent_bytes,
     text_cache_bytes,
+)
+from wanrt.memory.engine_bytes import (
+    NATIVE,
+    EngineBytes,
+    Side,
+    VaeEngines,
+    coder_bytes,
+    step_activations,
 )
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import (
@@ -52,25 +59,29 @@ class Option:
     work: VaeWork | None = None
 
 
-def text_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+def text_options(
+    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+) -> Iterator[Option]:
     """Both prompts through every block that is there."""
     weights = umt5_weights(spec.umt5, form.other)
     held = umt5_activations(spec.umt5, ask.text_rows, form.other)
     held += 2 * ask.text_rows * spec.umt5.dim * 4  # the features of both prompts
-    yield from _encoder_options("text", weights, held, machine)
+    yield from _encoder_options("text", weights, held, machine, engines.text)
 
 
-def clip_options(spec: WanSpec, form: Format, machine: Machine) -> Iterator[Option]:
+def clip_options(
+    spec: WanSpec, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+) -> Iterator[Option]:
     """One picture at a time through the CLIP tower."""
     assert spec.clip is not None, f"{spec.id=}"
     element = machine.image_bytes(form)
     weights = clip_weights(spec.clip, element)
     held = clip_activations(spec.clip, element)
-    yield from _encoder_options("image", weights, held, machine)
+    yield from _encoder_options("image", weights, held, machine, engines.image)
 
 
 def _encoder_options(
-    name: str, weights: EncoderWeights, held: int, machine: Machine
+    name: str, weights: EncoderWeights, held: int, machine: Machine, workspace: int
 ) -> Iterator[Option]:
     """Whole on the device, or block by block out of the file: each is needed once per request.
 
@@ -84,6 +95,7 @@ def _encoder_options(
                 weights=placement.num_resident * weights.block + weights.rest,
                 ring=placement.slots * weights.block,
                 activations=held,
+                workspace=workspace,
                 host=placement.host,
                 streamed=placement.mapped,
                 seconds=weights.total / machine.read,
@@ -99,10 +111,12 @@ def dit_options(
     machine: Machine,
     room: int | None,
     packed: PackedWeights | None = None,
+    engines: EngineBytes = NATIVE,
 ) -> Iterator[Option]:
     """One denoising step: how many blocks stay, and whether both texts pass a block in turn.
 
     room: bytes of host memory. packed: of a checkpoint whose matrices stay packed while it streams.
+    Estimated times are the native ones, with engines too.
     """
     tokens, branches = _tokens(spec, ask), 2 if ask.guided else 1
     caches = branches * text_cache_bytes(spec.dit, tokens, form.other)
@@ -112,9 +126,13 @@ def dit_options(
     orders: tuple[Guidance, ...] = ("sequential", "interleaved") if ask.guided else ("none",)
     for order in orders:
         passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
-        run = (tokens, form.other, together, machine.fused, extra)
-        whole = activation_bytes(spec.dit, *run)
-        streaming = activation_bytes(spec.dit, *run, packed)
+        run = (tokens, form.other, together)
+        if engines.blocks == "native":
+            whole = activation_bytes(spec.dit, *run, machine.fused, extra)
+            streaming = activation_bytes(spec.dit, *run, machine.fused, extra, packed)
+        else:
+            assert packed is None, "engines take matrices that are not packed"
+            whole = streaming = step_activations(spec.dit, *run, engines.blocks == "whole", extra)
         for placement, stay, ring in _block_options(spec, form, room, packed):
             if order == "interleaved" and not placement.slots:
                 continue  # nothing streams: one text after the other holds less
@@ -125,6 +143,7 @@ def dit_options(
                 ring=ring,
                 activations=streaming if placement.slots else whole,
                 caches=caches,
+                workspace=engines.step,
                 host=placement.host,
                 streamed=passes * (placement.pinned + placement.mapped),
                 seconds=max(compute, copies),
@@ -175,18 +194,35 @@ def step_operations(spec: WanSpec, tokens: Tokens) -> float:
     return 2.0 * blocks * tokens.length * (matrices + attention)
 
 
-def encode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+def encode_options(
+    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+) -> Iterator[Option]:
     """Pictures or a video to latents."""
-    yield from (
-        _vae_option("encode", spec, ask, form, machine, w) for w in _works(spec, ask, machine)
-    )
+    yield from _vae_options("encode", spec, ask, form, machine, engines.encode)
 
 
-def decode_options(spec: WanSpec, ask: Ask, form: Format, machine: Machine) -> Iterator[Option]:
+def decode_options(
+    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+) -> Iterator[Option]:
     """Latents to frames."""
-    yield from (
-        _vae_option("decode", spec, ask, form, machine, w) for w in _works(spec, ask, machine)
-    )
+    yield from _vae_options("decode", spec, ask, form, machine, engines.decode)
+
+
+def _vae_options(
+    side: Side,
+    spec: WanSpec,
+    ask: Ask,
+    form: Format,
+    machine: Machine,
+    engines: VaeEngines | None,
+) -> Iterator[Option]:
+    """Engines code whole frames only, four at a time."""
+    if engines is None:
+        for work in _works(spec, ask, machine):
+            yield _vae_option(side, spec, ask, form, machine, work)
+        return
+    for host in (False, True) if machine.device != "cpu" else (False,):
+        yield _vae_option(side, spec, ask, form, machine, VaeWork(chunk=1, host=host), engines)
 
 
 def _works(spec: WanSpec, ask: Ask, machine: Machine) -> Iterator[VaeWork]:
@@ -207,19 +243,25 @@ def _works(spec: WanSpec, ask: Ask, machine: Machine) -> Iterator[VaeWork]:
 
 
 def _vae_option(
-    name: Literal["encode", "decode"],
+    name: Side,
     spec: WanSpec,
     ask: Ask,
     form: Format,
     machine: Machine,
     work: VaeWork,
+    engines: VaeEngines | None = None,
 ) -> Option:
     """What is coded waits on the device beside the VAE; the time is that of decoding."""
     vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.image_bytes(form)
     rows, columns = ask.height // stride, ask.width // stride
     chunks = (ask.num_frames - 1) // vae.temporal_stride + 1
-    need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
-    need = need_of(vae, ask.height, ask.width, element, work, machine.backend)
+    size, workspace = (ask.height, ask.width), 0
+    if engines is None:
+        need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
+        need = need_of(vae, *size, element, work, machine.backend)
+    else:
+        coded = (*size, ask.num_frames, element, work.host)
+        need, workspace = coder_bytes(vae, name, *coded, engines)
     given = {
         "encode": 3 * ask.num_frames * ask.width * ask.height,
         "decode": vae.z_dim * chunks * rows * columns,
@@ -236,6 +278,7 @@ def _vae_option(
         weights=vae_weights(vae) * element,
         activations=need.activations + 4 * given + condition_bytes(spec.dit, _tokens(spec, ask)),
         caches=need.caches,
+        workspace=workspace,
         host=need.host,
         seconds=seconds * repeated * (_SINGLE_FRAMES if work.frames else 1.0),
     )

@@ -90,7 +90,7 @@ class Placement:
 class Phase:
     """What one phase holds, in bytes: on the device, but for `host`.
 
-    `streamed` is what one pass copies to the device.
+    `streamed` is what one pass copies to the device; `workspace` is what engines work in.
     """
 
     name: str
@@ -98,13 +98,14 @@ class Phase:
     ring: int = 0
     activations: int = 0
     caches: int = 0
+    workspace: int = 0
     host: int = 0  # in host memory: blocks that wait, staging buffers, caches
     streamed: int = 0
     seconds: float = 0.0  # of one pass, estimated
 
     @property
     def peak(self) -> int:
-        return self.weights + self.ring + self.activations + self.caches
+        return self.weights + self.ring + self.activations + self.caches + self.workspace
 
 
 def place(sizes: list[int], num_resident: int, room: int | None, from_file: int = 0) -> Placement:

@@ -59,6 +59,11 @@ class Plan:
         """Host memory held at one time for the device, bytes: parts come one after the other."""
         return max(phase.host for phase in self.phases)
 
+    @property
+    def workspace(self) -> int:
+        """The most that engines may work in, bytes."""
+        return max(phase.workspace for phase in self.phases)
+
     def placement(self, phase: str) -> Placement:
         """Of the part that a phase runs: `text`, `image` or `step`."""
         placement = self.options[phase].placement
@@ -150,6 +155,10 @@ def relearned(plan: Plan, lessons: Lessons) -> Plan:
 
 
 def _together(phases: tuple[Phase, ...]) -> int:
-    """Peak where no part goes before the next one comes. The VAE is one part of two phases."""
+    """Peak where no part goes before the next one comes. The VAE is one part of two phases.
+
+    The workspace of engines is one for all and stays, too.
+    """
     parts = {"vae" if p.name in ("encode", "decode") else p.name: p.weights for p in phases}
-    return sum(parts.values()) + max(phase.peak - phase.weights for phase in phases)
+    kept = sum(parts.values()) + max(phase.workspace for phase in phases)
+    return kept + max(phase.peak - phase.weights - phase.workspace for phase in phases)

@@ -8,6 +8,7 @@ from functools import cached_property
 from wanrt.config import WanSpec
 from wanrt.memory.budget import HOST_FIXED, enough, gib
 from wanrt.memory.dit_bytes import FORMATS
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.phases import (
     Option,
@@ -49,6 +50,7 @@ class Question:
     ram: int | None = None  # budget of host memory
     machine: Machine = TYPICAL
     packed: PackedWeights | None = None  # of a GGUF file
+    engines: EngineBytes = NATIVE
 
     @cached_property
     def phases(self) -> dict[str, list[Option]]:
@@ -63,18 +65,19 @@ class Question:
 
     @cached_property
     def _every(self) -> dict[str, list[Option]]:
-        spec, ask, machine = self.spec, self.ask, self.machine
+        spec, ask, machine, engines = self.spec, self.ask, self.machine, self.engines
         form = FORMATS[self.precision]
         phases = {}
         if ask.encodes_text:
-            phases["text"] = list(text_options(spec, ask, form, machine))
+            phases["text"] = list(text_options(spec, ask, form, machine, engines))
         if spec.clip is not None and ask.image:
-            phases["image"] = list(clip_options(spec, form, machine))
+            phases["image"] = list(clip_options(spec, form, machine, engines))
         if ask.image:
-            phases["encode"] = list(encode_options(spec, ask, form, machine))
-        phases["step"] = list(dit_options(spec, ask, form, machine, self.room, self.packed))
+            phases["encode"] = list(encode_options(spec, ask, form, machine, engines))
+        steps = dit_options(spec, ask, form, machine, self.room, self.packed, engines)
+        phases["step"] = list(steps)
         if ask.decodes:
-            phases["decode"] = list(decode_options(spec, ask, form, machine))
+            phases["decode"] = list(decode_options(spec, ask, form, machine, engines))
         return phases
 
     @property
@@ -98,6 +101,11 @@ class Question:
         """Bytes below which nothing is left to stream, cut or chunk."""
         leasts = (min(o.phase.peak for o in options) for options in self.phases.values())
         return self.machine.fixed + max(leasts)
+
+    def least_resident(self) -> int:
+        """Bytes below which blocks of the transformer stream."""
+        whole = (o for o in self.phases["step"] if o.placement and not o.placement.slots)
+        return max(self.least(), self.machine.fixed + min(o.phase.peak for o in whole))
 
     def advice(self, budget: int, phase: str) -> str:
         """What does not fit, and what would."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from wanrt.errors import FormatError
 from wanrt.weights.gguf_file import JOIN, GgufFile
 from wanrt.weights.pickle_file import PickleFile
-from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorInfo, parse_json
+from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorInfo
+from wanrt.weights.strict_json import parse_json
 
 __all__ = ["Checkpoint", "TensorInfo", "is_weights", "weight_sets"]
 

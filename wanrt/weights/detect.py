@@ -16,8 +16,9 @@ from wanrt.weights.gguf_file import type_counts
 from wanrt.weights.lora import LoraFile
 from wanrt.weights.names import Component, Source, Translation
 from wanrt.weights.quantised import FP8, SCALES
-from wanrt.weights.safetensors_file import MAX_HEADER, parse_json
+from wanrt.weights.safetensors_file import MAX_HEADER
 from wanrt.weights.specs import READERS, Config, Spec, contradiction
+from wanrt.weights.strict_json import parse_json
 from wanrt.weights.titles import title_of
 
 KIND_NAMES = {

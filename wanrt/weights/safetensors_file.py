@@ -7,7 +7,6 @@ number in it is checked before anything is allocated.
 Source: safetensors format description, github huggingface/safetensors README.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from wanrt.errors import FormatError
 from wanrt.quant.gguf_blocks import BlockFormat
+from wanrt.weights.strict_json import AGAIN, parse_json
 
 MAX_HEADER = 8 * 2**20  # bytes; the largest released Wan header is a few hundred KiB
 MAX_TENSORS = 20_000
@@ -42,7 +42,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
-_AGAIN = "download or copy the file again"
 _IMPOSTORS = {
     b"version ": "this is a Git LFS pointer, not the weights",
     b"<!DOCTYP": "this is a web page, not the weights",
@@ -110,28 +109,9 @@ def read_bytes(path: Path, name: str, begin: int, size: int, buffer: Tensor | No
         while len(rest):  # one call returns 2 GiB at most
             count = file.readinto(rest)
             if not count:
-                raise FormatError(path, f"ended while {name} was being read", _AGAIN)
+                raise FormatError(path, f"ended while {name} was being read", AGAIN)
             rest = rest[count:]
     return raw
-
-
-def parse_json(path: Path, raw: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8, no key twice in one object, bounded depth."""
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except ValueError as error:
-        raise FormatError(path, f"the {what} is not valid: {str(error)[:120]}", _AGAIN) from None
-    except RecursionError:
-        raise FormatError(path, f"the {what} is nested too deeply", _AGAIN) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice[:80]!r} appears twice")
-    return result
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -143,14 +123,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             if start.startswith(magic):
                 raise FormatError(path, meaning, "get the real file")
         if size < 10:
-            raise FormatError(path, f"{size} bytes are too few for a safetensors file", _AGAIN)
+            raise FormatError(path, f"{size} bytes are too few for a safetensors file", AGAIN)
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER:
             reason = f"its header would be {length} bytes long; the limit is {MAX_HEADER}"
             raise FormatError(path, reason, "it is no safetensors file, or a hostile one")
         if 8 + length > size:
             reason = f"truncated: the header needs {8 + length} bytes, the file has {size}"
-            raise FormatError(path, reason, _AGAIN)
+            raise FormatError(path, reason, AGAIN)
         raw = file.read(length)
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         reason = f"its header names more than {MAX_TENSORS} tensors"
@@ -158,13 +138,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     header = parse_json(path, raw, "header")
     if not isinstance(header, dict) or len(header) > MAX_TENSORS + 1:
         reason = f"its header is no table of at most {MAX_TENSORS} tensors"
-        raise FormatError(path, reason, _AGAIN)
+        raise FormatError(path, reason, AGAIN)
     return header, 8 + length
 
 
 def _metadata(path: Path, value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise FormatError(path, "__metadata__ in its header is not a table of strings", _AGAIN)
+        raise FormatError(path, "__metadata__ in its header is not a table of strings", AGAIN)
     return value
 
 
@@ -172,20 +152,20 @@ def _entry(path: Path, name: str, value: object) -> tuple[TensorInfo, int, int]:
     """One header entry, checked by itself: info, first byte, byte after the last."""
     label = f"tensor {name[:80]!r} in its header"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(path, f"{label} is not (dtype, shape, data_offsets)", _AGAIN)
+        raise FormatError(path, f"{label} is not (dtype, shape, data_offsets)", AGAIN)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise FormatError(path, f"{label} has dtype {str(dtype)[:20]!r}", f"known: {known}")
     if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise FormatError(path, f"{label} has shape {str(shape)[:80]}", _AGAIN)
+        raise FormatError(path, f"{label} has shape {str(shape)[:80]}", AGAIN)
     if not _naturals(offsets) or len(offsets) != 2:
-        raise FormatError(path, f"{label} has byte range {str(offsets)[:80]}", _AGAIN)
+        raise FormatError(path, f"{label} has byte range {str(offsets)[:80]}", AGAIN)
     info = TensorInfo(DTYPES[dtype], tuple(shape), path)
     begin, end = offsets
     if end - begin != info.num_bytes:
         size = f"{dtype} {list(shape)} is {info.num_bytes} bytes, its range holds {end - begin}"
-        raise FormatError(path, f"{label}: {size}", _AGAIN)
+        raise FormatError(path, f"{label}: {size}", AGAIN)
     return info, begin, end
 
 
@@ -202,11 +182,11 @@ def _check_ranges(
     for begin, end in sorted((begin, end) for _, begin, end in entries.values()):
         if begin != position:
             fault = "overlap" if begin < position else "leave a hole"
-            raise FormatError(path, f"its tensors {fault} at byte {begin}", _AGAIN)
+            raise FormatError(path, f"its tensors {fault} at byte {begin}", AGAIN)
         position = end
     if position > data_size:
         missing = f"{position - data_size} of {position} tensor bytes are missing"
-        raise FormatError(path, f"truncated: {missing}", _AGAIN)
+        raise FormatError(path, f"truncated: {missing}", AGAIN)
     if position < data_size:
         extra = f"{data_size - position} bytes follow the last tensor"
-        raise FormatError(path, extra, _AGAIN)
+        raise FormatError(path, extra, AGAIN)
