@@ -1,5 +1,6 @@
-"""A VAE whose graphs run in an engine: called like `models.vae.WanVAE`, whole frames only."""
+"""A VAE whose graphs run in an engine: called like `models.vae.WanVAE`."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,8 @@ from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import CausalState
 from wanrt.vae_shapes import decoder_sections, encoder_sections
 
+log = logging.getLogger("wanrt")
+
 
 class GraphVae(nn.Module):
     """Encoder and decoder as graphs, run one latent frame at a time.
@@ -20,7 +23,8 @@ class GraphVae(nn.Module):
     `vae` has the weights that the graphs take as inputs; of graphs that embed theirs it is asked
     for its spec alone. Graphs of whole steps are used where there are some, else those of sections,
     which need both copies of one section's caches at a time and not of all. States are the ones of
-    WanVAE in the same dtype: a clip may go from one to the other.
+    WanVAE in the same dtype: a clip may go from one to the other. Work that asks for less at once
+    than the whole frames of a latent one (bands, single frames) is done by `vae` itself.
     """
 
     def __init__(self, vae: WanVAE, graphs: Graphs) -> None:
@@ -40,7 +44,9 @@ class GraphVae(nn.Module):
     ) -> Tensor:
         """See WanVAE.encode. `still`: where there are graphs of sections, those that would repeat
         themselves are not run."""
-        work = self._checked(work or VaeWork(chunk))
+        work = work or VaeWork(chunk)
+        if self._asks_for_less(work):
+            return self._native(work).encode(video, work=work, still=still)
         return torch.cat([self._encode_one(clip, work, still) for clip in video.split(1)])
 
     def encode_chunks(
@@ -52,7 +58,11 @@ class GraphVae(nn.Module):
         work: VaeWork | None = None,
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """See WanVAE.encode_chunks; None is one latent frame."""
-        work = self._checked(work or VaeWork(chunk), video)
+        work = work or VaeWork(chunk)
+        if self._asks_for_less(work):
+            yield from self._native(work).encode_chunks(video, state, work=work)
+            return
+        _check_single(video)
         past = Past(self._own(state or self.encoder_state()), work.host)
         yield from self._chunks(self._encoder, self._pieces(video, past.first), past, work)
 
@@ -60,7 +70,9 @@ class GraphVae(nn.Module):
         self, latents: Tensor, chunk: int | None = None, *, work: VaeWork | None = None
     ) -> Tensor:
         """See WanVAE.decode."""
-        work = self._checked(work or VaeWork(chunk))
+        work = work or VaeWork(chunk)
+        if self._asks_for_less(work):
+            return self._native(work).decode(latents, work=work)
         return torch.cat([self._decode_one(clip, work) for clip in latents.split(1)])
 
     def decode_chunks(
@@ -72,7 +84,11 @@ class GraphVae(nn.Module):
         work: VaeWork | None = None,
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """See WanVAE.decode_chunks; None is one latent frame."""
-        work = self._checked(work or VaeWork(chunk), latents)
+        work = work or VaeWork(chunk)
+        if self._asks_for_less(work):
+            yield from self._native(work).decode_chunks(latents, state, work=work)
+            return
+        _check_single(latents)
         past = Past(self._own(state or self.decoder_state()), work.host)
         yield from self._chunks(self._decoder, list(latents.split(1, 2)), past, work)
 
@@ -135,20 +151,19 @@ class GraphVae(nn.Module):
             "export the VAE again",
         )
 
-    def _checked(self, work: VaeWork, clip: Tensor | None = None) -> VaeWork:
-        """Raises UsageError for what whole frames and one clip at a time cannot keep."""
+    def _asks_for_less(self, work: VaeWork) -> bool:
         few = work.frames is not None and work.frames < self.spec.temporal_stride
-        if work.band is not None or work.order == "bands" or few:
+        return work.band is not None or work.order == "bands" or few
+
+    def _native(self, work: VaeWork) -> WanVAE:
+        """Raises UsageError where the weights are within the graphs and nowhere else."""
+        if self.vae.conv1.weight.is_meta:
             raise UsageError(
-                f"the VAE's engine codes whole frames, {self.spec.temporal_stride} at a time, and"
-                f" {work} asks for less at once; use --engine native, or allow more with --vram"
+                f"{work} asks for less at once than whole frames, which the VAE's graphs code with "
+                "their weights in them; export it without --embed, or allow more with --vram"
             )
-        if clip is not None and len(clip) != 1:
-            raise UsageError(
-                f"the VAE's engine yields the chunks of one clip at a time, not of {len(clip)};"
-                " hand it one after the other"
-            )
-        return work
+        log.info("%s: done by the VAE's modules, for its engines code whole frames", work)
+        return self.vae
 
     def _own(self, state: CausalState) -> CausalState:
         if state.bands:
@@ -157,3 +172,11 @@ class GraphVae(nn.Module):
                 " and goes on from a state of these alone"
             )
         return state
+
+
+def _check_single(clip: Tensor) -> None:
+    if len(clip) != 1:
+        raise UsageError(
+            f"the VAE's engine yields the chunks of one clip at a time, not of {len(clip)};"
+            " hand it one after the other"
+        )

@@ -216,13 +216,14 @@ def _vae_options(
     machine: Machine,
     engines: VaeEngines | None,
 ) -> Iterator[Option]:
-    """Engines code whole frames only, four at a time."""
-    if engines is None:
-        for work in _works(spec, ask, machine):
+    """Engines code whole frames; what asks for less at once is done by the VAE's modules."""
+    for work in _works(spec, ask, machine):
+        if engines is None or work.frames is not None:
             yield _vae_option(side, spec, ask, form, machine, work)
-        return
     for host in (False, True) if machine.device != "cpu" else (False,):
-        yield _vae_option(side, spec, ask, form, machine, VaeWork(chunk=1, host=host), engines)
+        if engines is not None:
+            work = VaeWork(chunk=1, host=host)
+            yield _vae_option(side, spec, ask, form, machine, work, engines)
 
 
 def _works(spec: WanSpec, ask: Ask, machine: Machine) -> Iterator[VaeWork]:
