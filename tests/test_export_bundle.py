@@ -187,7 +187,7 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = [
-    Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export"),
+    Refusal({"engine": "onnxruntime"}, UsageError, "wants a bundle: `wanrt export nano -o"),
     Refusal({"bundle": "BUNDLE"}, UsageError, "say what runs them, --engine"),
     Refusal({"model": "BUNDLE"}, UsageError, "say what runs them, --engine"),
     Refusal({"engine": "xla", "bundle": "BUNDLE"}, UsageError, "choose native, onnxruntime"),
@@ -239,6 +239,26 @@ def test_a_bundle_of_a_stranger_is_not_opened(exported: Make, tmp_path: Path) ->
     with pytest.raises(SystemExit) as ended:
         cli.main(["bundle", "verify", str(out), "--trust", key])
     assert ended.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["nano", "-o", "OUT/none/bundle"], 5, "there is no folder"),
+        (["nano", "-o", "OUT"], 5, "is there already"),
+        (["nano", "-o", "OUT/b.zip"], 2, "leave .zip out"),
+        (["nano", "-o", "OUT/b", "--precision", "fp4"], 2, "choose fp32, fp16, bf16, int8, fp8"),
+        (["nano", "-o", "OUT/b", "--engine", "xla"], 2, "choose onnxruntime, tensorrt-rtx"),
+        (["nano", "-o", "OUT/b", "--embed", "--no-weights"], 2, "leaves them out"),
+    ],
+)
+def test_what_an_export_refuses(
+    args: list[str], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", *(arg.replace("OUT", str(tmp_path)) for arg in args)])
+    assert ended.value.code == code and says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_export_goes_on(

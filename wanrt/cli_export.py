@@ -83,11 +83,14 @@ def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -
     if engine not in _ENGINES:
         raise UsageError(f"engine {engine!r} does not exist; choose {', '.join(_ENGINES)}")
     if precision not in (*_PLAIN, "int8", "fp8"):
-        raise UsageError(f"precision {precision!r} does not exist; choose fp32 ... fp8")
+        known = ", ".join((*_PLAIN, "int8", "fp8"))
+        raise UsageError(f"precision {precision!r} does not exist; choose {known}")
     if embed and not weights:
         raise UsageError("--embed puts weights into the graphs, --no-weights leaves them out")
     if out.exists():
         raise OutputError(f"{out} is there already (name a new folder or file)")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.absolute().parent} (make it first)")
     if out.suffix.lower() == ".zip" and weights:
         raise UsageError(f"{out} would hold weights, which are read from folders; leave .zip out")
 

@@ -119,7 +119,7 @@ class Pipeline:
         if engine != "native" or bundle is not None or is_bundle(path):
             from wanrt.engine import opened  # with the libraries of signatures
 
-            executor = opened.open_engine(engine, bundle, path, found, vram)
+            executor = opened.open_engine(engine, bundle, path, found, vram, model)
         if is_bundle(path):
             parts = opened.model_in(path)
         else:

@@ -85,11 +85,16 @@ class Engine:
 
 
 def open_engine(
-    name: str, bundle: str | Path | None, model: Path, device: torch.device, vram: object = None
+    name: str,
+    bundle: str | Path | None,
+    model: Path,
+    device: torch.device,
+    vram: object = None,
+    asked: str = "MODEL",
 ) -> Engine:
     """What `--engine` asks for, of `bundle`, or of the model where that is one itself.
 
-    Raises UsageError, FormatError.
+    asked: what the user calls the model. Raises UsageError, FormatError.
     """
     path = model if bundle is None else Path(bundle)
     if name == "native":
@@ -98,7 +103,7 @@ def open_engine(
         raise UsageError("--vram is kept by the native engine; ONNX Runtime has memory of its own")
     if not is_bundle(path):
         raise UsageError(
-            f"--engine {name} wants a bundle: `wanrt export {model} -o BUNDLE --engine {name}` "
+            f"--engine {name} wants a bundle: `wanrt export {asked} -o BUNDLE --engine {name}` "
             "makes one, for --model or --bundle"
         )
     return Engine.open(name, path, device)
