@@ -142,7 +142,7 @@ class Task(NamedTuple):
 
 TASKS = [
     Task("wan2.1-i2v-14b-480p", {"image": "a.png"}),
-    Task("wan2.2-ti2v-5b", {"image": "a.png"}),
+    pytest.param(Task("wan2.2-ti2v-5b", {"image": "a.png"}), marks=pytest.mark.slow),
     pytest.param(Task("wan2.1-vace-1.3b", {"video": "clip.mp4"}), marks=pytest.mark.slow),
     pytest.param(Task("wan2.2-i2v-a14b", {"image": "a.png"}), marks=pytest.mark.slow),
 ]
