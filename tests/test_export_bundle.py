@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bundle_files
 import pytest
 from conftest import Files, Zoo
+from onnx_graphs import TracedGraphs
 from torch import Tensor
 
 from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
 from wanrt.engine.manifest import is_bundle
+from wanrt.engine.opened import Engine
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
 from wanrt.export import onnx
@@ -122,6 +125,14 @@ def test_a_bundle_is_told_from_other_folders(
     assert "nano, commit" in told and "onnx/dit.block.onnx" in told
     (tmp_path / "manifest.json").write_text('{"name": "something else"}')
     assert is_bundle(exported("nano")) and not is_bundle(tmp_path)
+
+
+def test_graphs_of_no_part_are_refused(tmp_path: Path) -> None:
+    """A bundle of the format's own test, signed and trusted, but of no model of ours."""
+    bundle_files.write(tmp_path / "bundle")
+    held = Bundle.open(tmp_path / "bundle", {bundle_files.SIGNER.key})
+    with pytest.raises(FormatError, match="has a graph block, which belongs to no part"):
+        Engine("onnxruntime", held, TracedGraphs([]))
 
 
 def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo) -> None:

@@ -31,15 +31,19 @@ class Engine:
         self.name, self.bundle, self._graphs = name, bundle, graphs
         self._records: dict[str, list[Graph]] = {kind: [] for kind in KINDS}
         for graph in bundle.manifest.graphs:
-            self._records[graph.name.partition(".")[0]].append(graph)
+            kind = graph.name.partition(".")[0]
+            if kind not in self._records:
+                reason = f"has a graph {graph.name}, which belongs to no part of a model"
+                raise FormatError(bundle.path, reason, "export the model again")
+            self._records[kind].append(graph)
 
     @classmethod
     def open(cls, name: str, path: Path, device: torch.device) -> "Engine":
         """Of a bundle whose signature is trusted. Raises FormatError, UsageError."""
-        bundle = Bundle.open(path)
         if name not in get_args(EngineName):
             known = ", ".join(("native", *get_args(EngineName)))
             raise UsageError(f"engine {name!r} does not exist; choose {known}")
+        bundle = Bundle.open(path)
         return cls(name, bundle, _EXECUTORS[name](bundle, device))
 
     def serves(self, kind: Kind) -> bool:
