@@ -21,7 +21,7 @@ demo: $(VENV)/.installed                  ## one prompt becomes ./demo.mp4, with
 	$(BIN)/wanrt generate "$(PROMPT)" -o demo.mp4 -y
 
 test: $(VENV)/.installed-dev              ## the tests, a few minutes on two cores
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev         ## the heavy proofs: true-shaped checkpoints
 	$(PYTEST) -m slow

@@ -40,7 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         os.environ[variable] = str(marks / variable)
     # Small shapes lose time on many threads. OMP_NUM_THREADS can ask for fewer.
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(1 if beside_others else min(torch.get_num_threads(), 4))
     torch.backends.cudnn.allow_tf32 = False  # a reference in fp32 is fp32 on a GPU too
 
 
