@@ -19,8 +19,8 @@ from wanrt.engine.manifest import FORMAT, Engine, Graph, Licence, Manifest, Mode
 from wanrt.engine.trust import Signer
 from wanrt.errors import UsageError
 from wanrt.export import dit, encoders, onnx, qdq, vae
-from wanrt.export.engine_set import build_set
-from wanrt.export.engines import Job, inputs_of, jobs_of
+from wanrt.export.engine_set import build_set, source_digest
+from wanrt.export.engines import Job, cards_for, inputs_of, jobs_of
 from wanrt.export.part import DTYPES
 from wanrt.export.source import licence_text, provenance
 from wanrt.quant.policy import EightBit
@@ -68,8 +68,17 @@ class Order:
     def key(self) -> str:
         """What finished files depend on."""
         told = {"spec": asdict(self.spec), "plain": self.plain, "eight_bit": self.eight_bit}
-        told |= {"embed": self.embed, "engines": self.engines, "source": asdict(provenance())}
+        told |= {"embed": self.embed, "engines": self.engines, "source": source_digest()}
+        found = {} if self.parts is None else self.parts.found
+        told["files"] = {name: _stamp(one.path) for name, one in found.items()}
         return json.dumps(told, sort_keys=True, default=str)
+
+
+def _stamp(path: Path) -> list[object]:
+    """What tells a file, or the shards beside an index, from what was there before."""
+    files = sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
+    states = [file.stat() for file in (path, *files)]
+    return [str(path.resolve()), [(state.st_size, state.st_mtime_ns) for state in states]]
 
 
 def export(order: Order, out: Path, signer: Signer, progress: Progress) -> Manifest:
@@ -123,12 +132,12 @@ def _export(order: Order, work: Path, progress: Progress) -> _Made:
 def _build_engines(order: Order, work: Path, progress: Progress) -> _Made:
     """Engines of TensorRT-RTX, and the graphs that they were built from."""
     todo = list(jobs_of(order.spec.id, order.spec, order.plain, order.eight_bit))
-    built = 0
+    built, total = 0, sum(len(cards_for(job.precision)) for job in todo)
 
     def report(line: str) -> None:
         nonlocal built
         built += 1
-        progress("build engines", built, 0)
+        progress("build engines", built, total)
 
     records = build_set(work / "engines", todo, report)
     made = _Made([], [], {})
@@ -183,11 +192,11 @@ def wanted_graphs(order: Order) -> Iterator[Job]:
 def _work_folder(order: Order, out: Path) -> Path:
     """Where finished files wait; emptied where they are of another order."""
     work = out.with_name(f".{out.name}.part")
-    note = work / "order.json"
-    if work.exists() and (not note.exists() or note.read_text() != order.key):
+    note, key = work / "order.json", order.key
+    if work.exists() and (not note.exists() or note.read_text() != key):
         shutil.rmtree(work)
     (work / "onnx").mkdir(parents=True, exist_ok=True)
-    note.write_text(order.key)
+    note.write_text(key)
     return work
 
 

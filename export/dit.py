@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wanrt.config import DitSpec
 from wanrt.export.part import Axis, Multiple, Part, Value, cast
 from wanrt.kernels import registry
+from wanrt.kernels.limits import PART_TOKENS
 from wanrt.models.dit import Block, TimeEmbedding, WanDiT
 from wanrt.models.eight_bit import policy_formats
 from wanrt.models.layers import CrossAttention, CrossKV, Ops
@@ -30,7 +31,6 @@ from wanrt.quant.policy import EightBit
 OPS = Ops(*(registry.function(name, "onnx") for name in Ops._fields))
 FP32 = torch.float32
 
-PART_TOKENS = 8192  # that `pre` and `post` are given at once
 MAX_TOKENS = 1 << 18  # of a clip; 1280x720 with 81 frames has 75600
 TOKENS = Axis("L", 4, 32760, MAX_TOKENS, trace=40)
 SOME_TOKENS = Axis("L", 4, PART_TOKENS, PART_TOKENS, trace=40)

@@ -23,7 +23,7 @@ from wanrt.quant import formats
 
 RECORDS = "engines.jsonl"
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
-_TRACING = ("part", "onnx", "dit", "vae", "qdq", "rtx")
+_TRACING = ("part", "onnx", "dit", "vae", "encoders", "qdq", "rtx")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`wanrt export` and `--engine onnxruntime`: from a model to a bundle to a clip, on the CPU."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from wanrt.engine.manifest import is_bundle
 from wanrt.engine.opened import Engine
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
-from wanrt.export import onnx
+from wanrt.export import bundle, onnx
 from wanrt.export.part import Part
+from wanrt.weights.parts import find_parts
 
 PROMPT = "a red circle moving right on a navy background"
 SETTINGS = {"seed": 3, "num_steps": 3, "num_frames": 5, "width": 64, "height": 48}
@@ -270,6 +272,23 @@ def test_what_an_export_refuses(
         cli.main(["export", *(arg.replace("OUT", str(tmp_path)) for arg in args)])
     assert ended.value.code == code and says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_finished_counts_for_the_same_weights_only(zoo: Zoo, tmp_path: Path) -> None:
+    """Else a stopped export with embedded weights would go on with those of another checkpoint."""
+    shutil.copytree(zoo.path("nano"), tmp_path / "model")
+
+    def key() -> str:
+        parts = find_parts(tmp_path / "model")
+        return bundle.Order(Zoo.specs["nano"], parts, "fp32", embed=True).key
+
+    before = key()
+    assert key() == before
+    weights = find_parts(tmp_path / "model").dit
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert key() != before
 
 
 def test_a_stopped_export_goes_on(

@@ -1,19 +1,18 @@
 """`wanrt export`: a model becomes a bundle of graphs, for engines."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wanrt.config import MODELS, WanSpec
+from wanrt.config import MODELS
 from wanrt.errors import OutputError, UsageError
-from wanrt.identity import identify
+from wanrt.identity import spec_of
 from wanrt.memory.budget import gib
 from wanrt.progress import Bars
 from wanrt.weights.hub import resolve_model
-from wanrt.weights.parts import Parts, find_parts
+from wanrt.weights.parts import find_parts
 
 _PLAIN = ("fp32", "fp16", "bf16")
 _BESIDE = {"onnxruntime": "fp32", "tensorrt-rtx": "bf16"}  # what is not in eight bits
@@ -49,7 +48,7 @@ def export(
     parts = None if not weights and model in MODELS else find_parts(resolve_model(model, offline))
     eight_bit = precision if precision in ("int8", "fp8") else None
     order = bundle.Order(
-        spec=MODELS[model] if parts is None else _spec(model, parts),
+        spec=MODELS[model] if parts is None else spec_of(parts, f"{model} {parts.dit}"),
         parts=parts,
         plain=precision if eight_bit is None else _BESIDE[engine],
         eight_bit=eight_bit,
@@ -76,12 +75,9 @@ def _shown(size: int) -> str:
     return gib(size) if size >= 10 << 20 else f"{size / 2**20:.1f} MiB"
 
 
-_ENGINES = ("onnxruntime", "tensorrt-rtx")
-
-
 def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -> None:
-    if engine not in _ENGINES:
-        raise UsageError(f"engine {engine!r} does not exist; choose {', '.join(_ENGINES)}")
+    if engine not in _BESIDE:
+        raise UsageError(f"engine {engine!r} does not exist; choose {', '.join(_BESIDE)}")
     if precision not in (*_PLAIN, "int8", "fp8"):
         known = ", ".join((*_PLAIN, "int8", "fp8"))
         raise UsageError(f"precision {precision!r} does not exist; choose {known}")
@@ -93,10 +89,3 @@ def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -
         raise OutputError(f"{out}: there is no folder {out.absolute().parent} (make it first)")
     if out.suffix.lower() == ".zip" and weights:
         raise UsageError(f"{out} would hold weights, which are read from folders; leave .zip out")
-
-
-def _spec(model: str, parts: Parts) -> WanSpec:
-    parts.require("dit")
-    spec = identify(parts.found["dit"], parts.low_noise is not None, f"{model} {parts.dit}")
-    own = {kind: parts.found[kind].spec for kind in ("vae", "umt5", "clip") if kind in parts.found}
-    return replace(spec, **own)

@@ -15,7 +15,7 @@ from wanrt.adapter import Adapter
 from wanrt.config import Lora, Precision, Task, WanSpec
 from wanrt.errors import BudgetError, UsageError
 from wanrt.guidance import Expert
-from wanrt.identity import check_fit, identify
+from wanrt.identity import spec_of
 from wanrt.kernels import registry
 from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]  # phase, done, total
 
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
-_PARTS = ("vae", "umt5", "clip")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
@@ -360,12 +359,8 @@ def open_parts(
     engine: "Engine | None" = None,
 ) -> Components:
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
-    parts.require("dit")
+    spec = spec_of(parts, name)
     dit = parts.found["dit"]
-    check_fit(parts)
-    spec = identify(dit, parts.low_noise is not None, name)
-    own = {name: found.spec for name, found in parts.found.items() if name in _PARTS}
-    spec = replace(spec, **own)
     if engine is None:
         dtypes = choose_dtypes(precision, dit, device)
     else:

@@ -1,5 +1,7 @@
 """Which released model a transformer is, by its shape and name; whether the other parts fit it."""
 
+from dataclasses import replace
+
 from wanrt.config import MODELS, Defaults, WanSpec
 from wanrt.errors import FormatError
 from wanrt.weights.detect import Detected
@@ -20,6 +22,18 @@ def identify(dit: Detected, has_low: bool, name: str) -> WanSpec:
     if same:
         return same[0]
     return custom_spec(dit, has_low)
+
+
+def spec_of(parts: Parts, name: str) -> WanSpec:
+    """Of a whole model: the transformer's, with the other parts as they are.
+
+    Raises FormatError where there is no transformer, or a part is another model's.
+    """
+    parts.require("dit")
+    check_fit(parts)
+    spec = identify(parts.found["dit"], parts.low_noise is not None, name)
+    own = {kind: parts.found[kind].spec for kind in ("vae", "umt5", "clip") if kind in parts.found}
+    return replace(spec, **own)
 
 
 def custom_spec(dit: Detected, has_low: bool) -> WanSpec:

@@ -35,7 +35,8 @@ class Engine:
             if kind not in self._records:
                 reason = f"has a graph {graph.name}, which belongs to no part of a model"
                 raise FormatError(bundle.path, reason, "export the model again")
-            self._records[kind].append(graph)
+            if graphs.has(graph.name):
+                self._records[kind].append(graph)
 
     @classmethod
     def open(cls, name: str, path: Path, device: torch.device) -> "Engine":
