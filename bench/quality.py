@@ -28,12 +28,13 @@ class Settings:
     variants: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     prompts: int = 256
+    record: Path | None = None
 
 
 PARTS: dict[str, Callable[[Settings], Iterator[Any]]] = {
     "layers": lambda s: quality_layers.rows(),
     "requests": lambda s: quality_requests.rows(
-        list(s.modes) or list(quality_requests.MODES), s.prompts
+        list(s.modes) or list(quality_requests.MODES), s.prompts, s.record
     ),
     "vae": lambda s: quality_vae.rows(s.vae, s.size, list(s.variants)),
 }

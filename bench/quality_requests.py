@@ -4,9 +4,11 @@ nano's held-out prompts, each from the same noise in fp32 and in every mode. Its
 colour, background, size and motion back from the pixels.
 """
 
+import json
 import statistics
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,42 +53,70 @@ class Row:
     verdict_fp32: float
 
 
-@dataclass
-class _Seen:
-    """What was measured of one mode, prompt by prompt."""
+@dataclass(frozen=True)
+class Clip:
+    """One prompt in one mode beside fp32: closeness of latents, PSNR and SSIM of frames."""
 
-    cosine: list[float] = field(default_factory=list)
-    error: list[float] = field(default_factory=list)
-    psnr: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
+    mode: str
+    prompt: int
+    cosine: float
+    error: float
+    psnr: float
+    ssim: float
+    right: bool  # the scorer reads everything as the prompt has it
+    right_fp32: bool
 
 
-def rows(modes: Iterable[str], num_prompts: int) -> Iterator[Row]:
-    """One row for each mode, after the last prompt."""
+def rows(modes: Sequence[str], num_prompts: int, record: Path | None = None) -> Iterator[Row]:
+    """One row for each mode, after the last prompt.
+
+    record: a file of JSON lines, a clip each; prompts that it has are not made again.
+    """
+    known = _recorded(record, modes, num_prompts)
+    clips = known + _measured(modes, num_prompts, {(c.mode, c.prompt) for c in known}, record)
+    for mode in modes:
+        yield _row(mode, [clip for clip in clips if clip.mode == mode])
+
+
+def _measured(
+    modes: Sequence[str], num_prompts: int, known: set[tuple[str, int]], record: Path | None
+) -> list[Clip]:
     plain = Pipeline.load("nano", precision="fp32", device="cpu")
     pipes = {name: _open(MODES[name]) for name in modes}
-    seen = {name: _Seen() for name in modes}
-    verdicts = []
+    clips = []
     for i, scene in enumerate(held_out_prompts(num_prompts)):
-        expected, frames = _generate(plain, scene, i)
-        verdicts.append(_right(scene, frames))
-        for name, pipe in pipes.items():
-            latents, made = _generate(pipe, scene, i)
-            _note(seen[name], latents, expected, made, frames)
-            seen[name].right.append(_right(scene, made))
-    for name, one in seen.items():
-        yield Row(
-            name,
-            num_prompts,
-            min(one.cosine),
-            statistics.median(one.cosine),
-            statistics.median(one.error),
-            statistics.median(one.psnr),
-            statistics.median(one.ssim),
-            statistics.mean(one.right),
-            statistics.mean(verdicts),
-        )
+        wanted = [name for name in modes if (name, i) not in known]
+        if not wanted:
+            continue
+        expected = _generate(plain, scene, i)
+        for name in wanted:
+            made = _generate(pipes[name], scene, i)
+            clips.append(_compared(name, i, scene, made, expected))
+            if record is not None:
+                with record.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(clips[-1])) + "\n")
+    return clips
+
+
+def _recorded(record: Path | None, modes: Sequence[str], num_prompts: int) -> list[Clip]:
+    if record is None or not record.exists():
+        return []
+    clips = [Clip(**json.loads(line)) for line in record.read_text(encoding="utf-8").splitlines()]
+    return [clip for clip in clips if clip.mode in modes and clip.prompt < num_prompts]
+
+
+def _row(mode: str, clips: list[Clip]) -> Row:
+    return Row(
+        mode,
+        len(clips),
+        min(clip.cosine for clip in clips),
+        statistics.median(clip.cosine for clip in clips),
+        statistics.median(clip.error for clip in clips),
+        statistics.median(clip.psnr for clip in clips),
+        statistics.median(clip.ssim for clip in clips),
+        statistics.mean(clip.right for clip in clips),
+        statistics.mean(clip.right_fp32 for clip in clips),
+    )
 
 
 def _open(mode: Mode) -> Pipeline:
@@ -97,22 +127,23 @@ def _open(mode: Mode) -> Pipeline:
     return pipe
 
 
-def _generate(pipe: Pipeline, scene: Scene, seed: int) -> tuple[Tensor, np.ndarray]:
+class _Made(NamedTuple):
+    latents: Tensor
+    frames: np.ndarray
+
+
+def _generate(pipe: Pipeline, scene: Scene, seed: int) -> _Made:
     run = pipe.start(scene.caption(), seed=seed)
     latents = pipe.denoise(run)
-    return latents, np.concatenate(list(pipe.decode(run, latents)))
+    return _Made(latents, np.concatenate(list(pipe.decode(run, latents))))
+
+
+def _compared(mode: str, prompt: int, scene: Scene, made: _Made, expected: _Made) -> Clip:
+    near = closeness(made.latents, expected.latents)
+    x, y = torch.from_numpy(made.frames), torch.from_numpy(expected.frames)
+    right, right_fp32 = (_right(scene, frames) for frames in (made.frames, expected.frames))
+    return Clip(mode, prompt, near.cosine, near.error, psnr(x, y), ssim(x, y), right, right_fp32)
 
 
 def _right(scene: Scene, frames: np.ndarray) -> bool:
     return all(value is not False for value in agreement(scene, score(frames)))
-
-
-def _note(
-    seen: _Seen, latents: Tensor, expected: Tensor, made: np.ndarray, frames: np.ndarray
-) -> None:
-    near = closeness(latents, expected)
-    seen.cosine.append(near.cosine)
-    seen.error.append(near.error)
-    x, y = torch.from_numpy(made), torch.from_numpy(frames)
-    seen.psnr.append(psnr(x, y))
-    seen.ssim.append(ssim(x, y))

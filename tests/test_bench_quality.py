@@ -1,13 +1,15 @@
 """The quality bench: its measures against known values, its tables, its choices."""
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from wanrt.bench import quality, quality_layers
+from wanrt.bench import quality, quality_layers, quality_requests
 from wanrt.bench.pictures import psnr, ssim
 from wanrt.bench.quality_requests import Row
 from wanrt.errors import UsageError
@@ -62,3 +64,16 @@ def test_what_is_not_there() -> None:
         quality.main(["pixels"], quality.Settings(), None)
     with pytest.raises(UsageError, match="no part or mode 'int4'"):
         quality.main([], quality.Settings(modes=("int4",)), Path("page.md"))
+
+
+def test_requests_go_on_where_they_were(tmp_path: Path) -> None:
+    record = tmp_path / "clips.jsonl"
+    first = next(quality_requests.rows(["bf16"], 1, record))
+    assert first.prompts == 1 and first.least_cosine > 0.999
+    line = record.read_text()
+    made = quality_requests.Clip("bf16", 1, 0.5, 0.9, 20.0, 0.9, False, True)
+    record.write_text(line + json.dumps(asdict(made)) + "\n")
+    row = next(quality_requests.rows(["bf16"], 2, record))
+    assert record.read_text().startswith(line)
+    assert (row.prompts, row.least_cosine, row.verdict) == (2, 0.5, first.verdict / 2)
+    assert row.median_cosine == (0.5 + first.least_cosine) / 2

@@ -183,6 +183,7 @@ def bench_quality(
     part: Annotated[str, typer.Option(help="layers, requests, vae; all by default.")] = "",
     modes: Annotated[str, typer.Option(help="Of requests, as int8,fp8; all by default.")] = "",
     prompts: Annotated[int, typer.Option(help="Of requests.", min=1, max=256)] = 256,
+    record: Annotated[Path | None, typer.Option(help="Requests' clips; goes on there.")] = None,
     vae: Annotated[Path | None, typer.Option(help="A VAE's file; random weights if none.")] = None,
     size: Annotated[str, typer.Option(help="Of the random VAE's clip.")] = "48x48",
     variants: Annotated[str, typer.Option(help="Of the VAE, as bf16,int8; all by default.")] = "",
@@ -193,7 +194,7 @@ def bench_quality(
 
     wanted = (tuple(text.split(",")) if text else () for text in (part, variants, modes))
     parts, variants_, modes_ = wanted
-    quality.main(parts, quality.Settings(vae, size, variants_, modes_, prompts), out)
+    quality.main(parts, quality.Settings(vae, size, variants_, modes_, prompts, record), out)
 
 
 def bench_ops(
