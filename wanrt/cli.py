@@ -231,7 +231,11 @@ def _print_result(saved: Saved, run: Run, plan: Plan | None, meter: Meter, as_js
     planned = plan and run.plan and max(plan.peak, run.plan.peak)
     if as_json:
         timings = {phase: round(value, 3) for phase, value in run.timings.items()}
-        memory = planned and {"planned": planned, "measured": meter.peak}
+        memory = planned and {
+            "planned": planned,
+            "measured": meter.peak,
+            "of": "card" if meter.whole_card else "process",
+        }
         result = {"path": str(saved.path), **asdict(request), "timings": timings, "memory": memory}
         result["provenance"] = cli_provenance.record(saved)
         print(json.dumps(result, ensure_ascii=False), flush=True)
@@ -241,6 +245,7 @@ def _print_result(saved: Saved, run: Run, plan: Plan | None, meter: Meter, as_js
         f"seed {request.seed}, {request.num_steps} steps of {request.solver}, "
         f"guidance {request.guidance:g}, {seconds:.1f} s"
         + (f", peak {gib(meter.peak)} of {gib(planned)} planned" if planned else "")
+        + (" (what other programs hold is in it)" if planned and meter.whole_card else "")
         + f"; {cli_provenance.marks_of(saved)}",
         flush=True,
     )

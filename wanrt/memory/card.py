@@ -1,5 +1,6 @@
 """What a CUDA card has left, and how PyTorch is held to a part of it."""
 
+import os
 from functools import cache
 
 import torch
@@ -14,6 +15,26 @@ def free_bytes(device: torch.device) -> int:
     """What the driver has left on a CUDA device, less a margin, plus what this process holds."""
     free, _ = torch.cuda.mem_get_info(device)
     return free - MARGIN + torch.cuda.memory_reserved(device)
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """What this process holds on a CUDA device as the driver counts it.
+
+    None where nobody says: without nvidia-ml-py, on Windows (WDDM), or in a container whose process
+    numbers are its own. Source: NVML, nvmlDeviceGetComputeRunningProcesses.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    except pynvml.NVMLError:
+        return None
+    return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
 
 def enforce(budget: int, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from wanrt.memory.card import held_bytes
 from wanrt.memory.measure import LiveBytes
 
 
@@ -14,6 +15,7 @@ class Meter:
     """Reads the peak bytes since it began."""
 
     read: Callable[[], int] = lambda: 0
+    whole_card: bool = False  # the driver did not say what is ours: other programs' bytes are in it
 
     @property
     def peak(self) -> int:
@@ -29,13 +31,15 @@ def metered(device: torch.device) -> Iterator[Meter]:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield Meter(lambda: _cuda_peak(device))
+        yield Meter(lambda: _cuda_peak(device), whole_card=held_bytes(device) is None)
     else:
         with LiveBytes(device.type) as count:
             yield Meter(lambda: count.peak)
 
 
 def _cuda_peak(device: torch.device) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    besides = total - free - torch.cuda.memory_reserved(device)
-    return torch.cuda.max_memory_reserved(device) + besides
+    held = held_bytes(device)
+    if held is None:
+        free, total = torch.cuda.mem_get_info(device)
+        held = total - free
+    return torch.cuda.max_memory_reserved(device) + held - torch.cuda.memory_reserved(device)

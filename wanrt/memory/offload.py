@@ -6,7 +6,6 @@ that are free; a buffer is free once all work that was queued before its block w
 Text encoder, CLIP tower and both transformers go through this one mechanism.
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +14,11 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wanrt.memory.pinned import host_buffer, host_memory
 from wanrt.memory.placement import Placement
-
-log = logging.getLogger("wanrt")
 
 _ALIGNMENT = 256  # bytes, as CUDA's allocator aligns
 
@@ -109,7 +106,7 @@ class WeightStream:
                     self._stops[r, i] = _Stop(visit, lay_out(module, visit, dtype_of))
         streamed = [stop for key, stop in self._stops.items() if key[0] == 0]
         for stop in streamed[: placement.num_pinned]:
-            stop.host = _host_memory(stop.num_bytes, device)
+            stop.host = host_memory(stop.num_bytes, device)
         self._stop_of = {name: stop for stop in self._stops.values() for name in stop.places}
         self._next = _successors(list(self._stops))
         size = max(stop.num_bytes for stop in self._stops.values())
@@ -284,28 +281,6 @@ def _successors(keys: list[_Key]) -> dict[_Key, _Key]:
         if len(rounds) > 1:
             following[mine[-1]] = rounds[0][0]
     return following
-
-
-def _host_memory(num_bytes: int, device: torch.device) -> Tensor | None:
-    """Where a block waits; None, so that it comes from its file, where no more can be pinned."""
-    try:
-        return host_buffer(num_bytes, device)
-    except RuntimeError as error:
-        log.warning("no more host memory can be pinned (%s): blocks come from their file", error)
-        return None
-
-
-def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
-    """Host memory of exactly this size, pinned where the device copies from it by itself.
-
-    PyTorch's own pinned memory comes in powers of two, which can be twice what was asked for.
-    """
-    memory = np.empty(num_bytes, np.uint8)
-    if device.type == "cuda":
-        runtime, address = torch.cuda.cudart(), memory.ctypes.data
-        torch.cuda.check_error(runtime.cudaHostRegister(address, num_bytes, 0))
-        weakref.finalize(memory, runtime.cudaHostUnregister, address)
-    return torch.from_numpy(memory)
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
