@@ -156,6 +156,44 @@ def bench_block(
     block.main(device, peer, dtype.split(","), tokens, repeats, as_json)
 
 
+def bench_model(
+    variant: Annotated[str, typer.Option("--model", help="An id.")] = "wan2.1-t2v-1.3b",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="4n+1.")] = 81,
+    blocks: Annotated[int | None, typer.Option(help="The first so many; all.")] = None,
+    precision: Annotated[str, typer.Option(help="As bf16,int8.")] = "bf16,int8,fp8",
+    peer: Annotated[str, typer.Option(help="diffusers, compile, or both as a,b.")] = "",
+    lora: Annotated[bool, typer.Option(help="With a LoRA on every product, too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """One forward of a transformer in each precision, alternating with diffusers'."""
+    from wanrt.bench import model
+
+    precisions, peers = (tuple(filter(None, text.split(","))) for text in (precision, peer))
+    asked = (variant, size, frames, blocks, precisions, peers, lora, device, repeats)
+    model.main(model.Settings(*asked), as_json)
+
+
+def bench_vram(
+    variant: Annotated[str, typer.Option("--model", help="An id.")] = "wan2.1-t2v-1.3b",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="4n+1.")] = 81,
+    blocks: Annotated[int | None, typer.Option(help="The first so many; all.")] = None,
+    precision: Annotated[str, typer.Option(help="As for generate.")] = "bf16",
+    budgets: Annotated[str, typer.Option(help="As 5G,4G.")] = "5G,4G",
+    steps: Annotated[int, typer.Option(help="Timed ones.", min=2)] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """A request within budgets beside one without: peaks, planned and measured, and time."""
+    from wanrt.bench import vram
+
+    asked = (variant, size, frames, blocks, precision, tuple(budgets.split(",")), steps, device)
+    vram.main(vram.Settings(*asked), as_json)
+
+
 def bench_memory(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
@@ -285,6 +323,8 @@ def add_to(app: typer.Typer) -> None:
     bench.command("memory")(bench_memory)
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)
+    bench.command("model")(bench_model)
+    bench.command("vram")(bench_vram)
     bench.command("quality")(bench_quality)
     bench.command("engines")(bench_engines)
     bench.command("gpu")(bench_gpu)
