@@ -1,0 +1,91 @@
+"""What `wanrt bench gpu` brings to a GPU, as far as it runs without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanrt.bench import model, true_shapes, vram
+from wanrt.errors import NumericsError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+@triton.jit
+def product(x_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i[:, None] * N + i[None, :])
+    tl.store(x_ptr + i[:, None] * N + i[None, :], tl.dot(x, x).to(tl.float16))
+
+if __name__ == "__main__":
+    from wanrt.bench import consumer
+    from wanrt.kernels.launch import _capability
+
+    source = ASTSource(product, {"x_ptr": "*fp16", "N": "constexpr"}, {"N": 64})
+    plain = triton.compile(source, GPUTarget("cuda", 90, 32))
+    consumer.pretend(89)
+    kernel = triton.compile(source, consumer.CudaDriver.get_current_target(None))
+    ptx = kernel.kernel.decode()
+    print(_capability(0), ".target sm_89" in ptx, "mma.sync" in ptx, "wgmma" in ptx)
+    print(plain.kernel[:4], ".target sm_90a" in plain.asm["ptx"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_another_cards_kernels_are_loaded_as_its_ptx(tmp_path: Path) -> None:
+    (tmp_path / "compiled.py").write_text(COMPILE)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, tmp_path / "compiled.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    as_89, as_90 = done.stdout.splitlines()
+    assert as_89 == "89 True True False", "mma.sync is Ada's, wgmma is Hopper's alone"
+    assert as_90 == r"b'\x7fELF' True", "without the plugin: machine code of the card itself"
+
+
+def settings(**changes: object) -> model.Settings:
+    small = {"size": "64x64", "frames": 9, "blocks": 1, "device": "cpu", "repeats": 1}
+    return model.Settings(**small | {"precisions": ("bf16", "int8")} | changes)
+
+
+def test_a_forward_in_each_precision_beside_diffusers() -> None:
+    rows = {row.name: row for row in model.measure(settings(peers=("diffusers",), lora=True))}
+    assert list(rows) == ["bf16", "int8", "int8+lora", "diffusers"]
+    assert all(row.seconds > 0 and row.tokens == 3 * 4 * 4 for row in rows.values())
+    assert rows["diffusers"].cosine > 0.999 and rows["diffusers"].speedup == 1
+    assert rows["int8"].speedup == rows["diffusers"].seconds / rows["int8"].seconds
+    assert rows["int8"].cosine != rows["int8+lora"].cosine, "the LoRA is there"
+
+
+def test_what_is_far_off_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.MIN_COSINE, "int8", 1.1)
+    with pytest.raises(NumericsError, match=r"int8: cosine 0.99\d+ is under 1.1; nothing was"):
+        model.measure(settings())
+
+
+def test_models_that_text_alone_conditions() -> None:
+    with pytest.raises(UsageError, match="needs pictures"):
+        true_shapes.text_model("wan2.1-i2v-14b-480p", None)
+    with pytest.raises(UsageError, match="31 blocks asked; wan2.1-t2v-1.3b has 30"):
+        true_shapes.text_model("wan2.1-t2v-1.3b", 31)
+    assert true_shapes.text_model("wan2.2-t2v-a14b", 2).dit.num_layers == 2
+
+
+def test_a_budget_beside_none() -> None:
+    """On a CPU: what the true VAE decodes in does not hold six blocks of the 1.3B, which stream."""
+    asked = vram.Settings(
+        size="64x64", frames=5, blocks=6, budgets=("560M", "9M"), steps=2, device="cpu"
+    )
+    free, kept, refused = vram.rows(asked)
+    assert free.budget == "" and free.planned is None and free.slowdown == 1
+    assert kept.streams > 0 and kept.copied > 0 and 0 < kept.copy < 10
+    assert kept.measured <= kept.planned <= 560 << 20 < free.measured
+    assert kept.cosine == pytest.approx(1)
+    assert "does not fit 9 MiB" in refused.note and refused.measured == 0
