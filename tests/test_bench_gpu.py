@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanrt.bench import model, true_shapes, vram
+from wanrt.bench import chain, model, true_shapes, vram
 from wanrt.errors import NumericsError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,3 +89,21 @@ def test_a_budget_beside_none() -> None:
     assert kept.measured <= kept.planned <= 560 << 20 < free.measured
     assert kept.cosine == pytest.approx(1)
     assert "does not fit 9 MiB" in refused.note and refused.measured == 0
+
+
+def test_blocks_of_the_decoder_beside_their_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(chain.rows("cpu", 32, 16, 1))
+    assert {row.stage for row in rows} == {0, 1, 2, 3}
+    assert [row.shape for row in rows if row.name == "int8"] == [
+        (1, 384, 1, 2, 4),
+        (1, 384, 2, 4, 8),
+        (1, 192, 4, 8, 16),
+        (1, 96, 4, 16, 32),
+    ]
+    names = {"bf16", "int8", "cudnn", "diffusers"}
+    assert {row.name for row in rows} == names and all(row.seconds for row in rows)
+    assert min(row.cosine for row in rows if row.name != "int8") > 0.9999
+    assert all(row.over_cudnn == 1 for row in rows if row.name == "cudnn")
+    monkeypatch.setitem(chain.MIN_COSINE, "int8", 1.1)
+    found = [row for row in chain.rows("cpu", 32, 16, 1) if row.name == "int8"]
+    assert all(row.seconds is None and row.cosine > 0.995 for row in found)

@@ -156,6 +156,18 @@ def bench_block(
     block.main(device, peer, dtype.split(","), tokens, repeats, as_json)
 
 
+def bench_chain(
+    sizes: Annotated[str, typer.Option(help="Of the decoded frames.")] = "832x480,1280x720",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """Residual blocks of the VAE's decoder, alternating with diffusers' and cuDNN's."""
+    from wanrt.bench import chain
+
+    chain.main(device, sizes.split(","), repeats, as_json)
+
+
 def bench_model(
     variant: Annotated[str, typer.Option("--model", help="An id.")] = "wan2.1-t2v-1.3b",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "832x480",
@@ -323,6 +335,7 @@ def add_to(app: typer.Typer) -> None:
     bench.command("memory")(bench_memory)
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)
+    bench.command("chain")(bench_chain)
     bench.command("model")(bench_model)
     bench.command("vram")(bench_vram)
     bench.command("quality")(bench_quality)
