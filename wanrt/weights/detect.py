@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from wanrt.errors import FormatError
+from wanrt.quant.formats import PLAIN
 from wanrt.weights import names
 from wanrt.weights.checkpoint import Checkpoint, TensorInfo, weight_sets
 from wanrt.weights.gguf_file import type_counts
@@ -31,7 +32,7 @@ KIND_NAMES = {
 }
 Layout = Literal["original", "diffusers", "comfyui", "llama.cpp"]
 UNREADABLE = "unreadable"  # title of a broken file
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS = {dtype: name for name, dtype in PLAIN.items()}
 _COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 _COMFY_MARKS = ("spiece_model", "scaled_fp8", "comfy_quant")
 # Relatives with modules of their own, as ComfyUI's `comfy/model_detection.py` tells them apart.
