@@ -1,7 +1,9 @@
 """`wanrt export` and `--engine onnxruntime`: from a model to a bundle to a clip, on the CPU."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +20,9 @@ from wanrt.engine.manifest import is_bundle
 from wanrt.engine.opened import Engine
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
-from wanrt.export import bundle, onnx
+from wanrt.export import bundle, graphs, onnx
 from wanrt.export.part import Part
+from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.parts import find_parts
 
 PROMPT = "a red circle moving right on a navy background"
@@ -289,6 +292,41 @@ def test_what_is_finished_counts_for_the_same_weights_only(zoo: Zoo, tmp_path: P
     raw[-1] ^= 1
     weights.write_bytes(raw)
     assert key() != before
+
+
+def test_embedding_opens_a_checkpoint_once_and_keeps_no_block(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 14B has forty blocks of 1.4 GB in fp32: they must not wait for Python's collector."""
+    opened: list[Path] = []
+    numbers: list[weakref.ref[Any]] = []
+    open_checkpoint, constant = Checkpoint.open, onnx.constant
+
+    def note(path: Path) -> Checkpoint:
+        opened.append(path)
+        return open_checkpoint(path)
+
+    def watch(name: str, tensor: Tensor) -> Any:
+        made = constant(name, tensor)
+        numbers.append(weakref.ref(made.raw))
+        return made
+
+    parts = find_parts(zoo.path("nano"))
+    order = bundle.Order(Zoo.specs["nano"], parts, "fp32", embed=True)
+    jobs = [job for job in graphs.wanted(order) if job.part.name in ("dit.kv", "dit.block")]
+    monkeypatch.setattr(Checkpoint, "open", note)
+    monkeypatch.setattr(onnx, "constant", watch)
+    writer = graphs.GraphWriter(order, tmp_path)
+    gc.disable()
+    try:
+        for job in jobs:
+            for _ in writer.write(job):
+                assert numbers and not [one for one in numbers if one() is not None]
+                numbers.clear()
+    finally:
+        gc.enable()
+    assert opened == [parts.dit]
+    assert len(list(tmp_path.glob("*.onnx"))) == 2 * order.spec.dit.num_layers
 
 
 def test_a_stopped_export_goes_on(
