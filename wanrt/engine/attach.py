@@ -5,7 +5,7 @@ weights of the module that it stands for as they lie at each call: a block that 
 that was merged, needs no further word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,32 +45,43 @@ class Call:
     runner: Runner
     module: nn.Module
 
-    def __call__(
-        self, out: Mapping[str, Tensor] | None = None, **inputs: Tensor | None
-    ) -> dict[str, Tensor]:
+    def __call__(self, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Inputs are cast to what the graph takes; those that are None are left out."""
-        takes = self.runner.inputs
-        given = {name: w for name, w in self.module.named_parameters() if name in takes}
-        given |= {name: x.to(takes[name]) for name, x in inputs.items() if x is not None}
-        return self.runner(given, out)
+        return self._run(self._weights(), inputs)
 
     def by_token(self, **inputs: Tensor | None) -> dict[str, Tensor]:
         """The same for any number of tokens, so many at once as the graph takes."""
         x = inputs["x"]
         assert x is not None
         length = x.shape[1]
+        weights = self._weights()
         if length <= PART_TOKENS:
-            return self(**inputs)
+            return self._run(weights, inputs)
         whole: dict[str, Tensor] = {}
         for start in range(0, length, PART_TOKENS):
             rows = slice(start, min(start + PART_TOKENS, length))
             part = {name: _rows(name, tensor, rows) for name, tensor in inputs.items()}
-            made = self({name: y[:, rows] for name, y in whole.items()}, **part)
+            made = self._run(weights, part, {name: y[:, rows] for name, y in whole.items()})
             if not whole:
                 whole = {name: y.new_empty(1, length, *y.shape[2:]) for name, y in made.items()}
                 for name, y in made.items():
                     whole[name][:, rows] = y
         return whole
+
+    def _weights(self) -> dict[str, Tensor]:
+        """As they lie now; they stay there while their block computes, and no longer."""
+        takes = self.runner.inputs
+        return {name: w for name, w in self.module.named_parameters() if name in takes}
+
+    def _run(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor | None],
+        out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        takes = self.runner.inputs
+        given = {name: x.to(takes[name]) for name, x in inputs.items() if x is not None}
+        return self.runner({**weights, **given}, out)
 
 
 def _rows(name: str, tensor: Tensor | None, rows: slice) -> Tensor | None:
