@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import struct
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Any, NamedTuple
 
 import bundle_files
 import pytest
+import torch
 from conftest import Files, Zoo
-from onnx_graphs import TracedGraphs
+from onnx_graphs import TracedGraphs, each_graph_traced_once
 from torch import Tensor
 
 from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
-from wanrt.engine.manifest import is_bundle
+from wanrt.engine.manifest import Member, is_bundle
 from wanrt.engine.opened import Engine
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
 from wanrt.export import bundle, graphs, onnx
-from wanrt.export.part import Part
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.parts import find_parts
 
@@ -53,20 +54,8 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def each_graph_is_traced_once() -> Iterator[None]:
-    """For all exports of this file: it is what takes their time."""
-    traced: dict[object, bytes] = {}
-    trace = onnx.trace
-
-    def remember(part: Part) -> onnx.Model:
-        weights = tuple((name, w.dtype, w.shape) for name, w in part.weights().items())
-        key = (part.name, part.inputs, weights)
-        if key not in traced:
-            traced[key] = onnx.serialise(trace(part))
-        return onnx.parse(traced[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", remember)
+def traced_once() -> Iterator[None]:
+    with each_graph_traced_once():
         yield
 
 
@@ -76,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[tuple[str, ...], Path] = {}
 
     def export(model: object, *flags: str, ending: str = "") -> Path:
-        key = (str(model), *flags)
+        key = (str(model), *flags, ending)
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / f"bundle{ending}"
             with pytest.raises(SystemExit) as ended:
@@ -147,6 +136,83 @@ def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo
     folder = str(zoo.path("nano"))  # other weights than nano's own
     actual = latents(model=folder, engine="onnxruntime", bundle=graphs)
     assert distance(actual, latents(model=folder)) < 1e-4
+
+
+def test_a_zip_with_weights_computes_what_the_folder_does(exported: Make) -> None:
+    """Its weights are read where they lie in the zip: the same latents, bit for bit."""
+    zipped, folder = exported("nano", ending=".zip"), exported("nano")
+    assert zipped.is_file()
+    before = sorted(zipped.parent.iterdir())
+    expected = latents(model=str(folder), engine="onnxruntime")
+    assert torch.equal(latents(model=str(zipped), engine="onnxruntime"), expected)
+    assert sorted(zipped.parent.iterdir()) == before
+
+
+def _weights_in(data: bytes) -> int:
+    """Where the local header of the transformer's weights begins."""
+    return data.index(b"PK\x03\x04", data.index(b"weights/") - 64)
+
+
+def _shift(data: bytearray, offset: int, number: int) -> None:
+    """Add to a number of four bytes."""
+    (old,) = struct.unpack_from("<I", data, offset)
+    struct.pack_into("<I", data, offset, old + number)
+
+
+ZIPS: dict[str, tuple[Callable[[bytearray], None], str]] = {
+    "local size": (lambda d: _shift(d, _weights_in(d) + 22, -8), "not as wanrt writes it"),
+    "both local sizes": (
+        lambda d: [_shift(d, _weights_in(d) + at, -8) for at in (18, 22)],
+        "no file of a stored zip begins",
+    ),
+    "local name": (lambda d: d.__setitem__(_weights_in(d) + 31, ord("x")), "directory alone"),
+    "directory offset": (lambda d: _shift(d, d.rindex(b"PK\x01\x02") + 42, -64), "directory alone"),
+    "overlap": (
+        lambda d: [_shift(d, _weights_in(d) + at, 64) for at in (18, 22)],
+        "no file of a stored zip begins",
+    ),
+    "a byte of a weight": (
+        lambda d: d.__setitem__(_weights_in(d) + 5000, 1 ^ d[_weights_in(d) + 5000]),
+        "was changed|CRC",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ZIPS)
+def test_a_zip_that_means_harm_gives_no_weights(
+    attack: str, exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers that disagree, bytes that overlap, numbers that were changed: none is opened."""
+    change, says = ZIPS[attack]
+    data = bytearray(exported("nano", ending=".zip").read_bytes())
+    change(data)
+    (tmp_path / "hostile.zip").write_bytes(data)
+    opened: list[object] = []
+    monkeypatch.setattr(Checkpoint, "open", lambda *args: opened.append(args))
+    with pytest.raises(FormatError, match=says):
+        Pipeline.load(str(tmp_path / "hostile.zip"), engine="onnxruntime")
+    assert not opened
+
+
+def test_a_bundle_is_opened_once(exported: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at the signature, one at each of its weights."""
+    opened, hashed = [], []
+    open_bundle, checked = Bundle.open, Bundle._checked
+
+    def note(path: Path) -> Bundle:
+        opened.append(path)
+        return open_bundle(path)
+
+    def watch(self: Bundle, member: Member) -> Iterator[bytes]:
+        hashed.append(member.name)
+        return checked(self, member)
+
+    monkeypatch.setattr(Bundle, "open", note)
+    monkeypatch.setattr(Bundle, "_checked", watch)
+    bundle = exported("nano")
+    Pipeline.load(str(bundle), engine="onnxruntime")
+    held = open_bundle(bundle).manifest
+    assert opened == [bundle] and sorted(hashed) == sorted([*held.weights, held.tokenizer])
 
 
 class Task(NamedTuple):
@@ -262,7 +328,6 @@ def test_a_bundle_of_a_stranger_is_not_opened(exported: Make, tmp_path: Path) ->
     [
         (["nano", "-o", "OUT/none/bundle"], 5, "there is no folder"),
         (["nano", "-o", "OUT"], 5, "is there already"),
-        (["nano", "-o", "OUT/b.zip"], 2, "leave .zip out"),
         (["nano", "-o", "OUT/b", "--precision", "fp4"], 2, "choose fp32, fp16, bf16, int8, fp8"),
         (["nano", "-o", "OUT/b", "--engine", "xla"], 2, "choose onnxruntime, tensorrt-rtx"),
         (["nano", "-o", "OUT/b", "--embed", "--no-weights"], 2, "leaves them out"),
@@ -302,9 +367,9 @@ def test_embedding_opens_a_checkpoint_once_and_keeps_no_block(
     numbers: list[weakref.ref[Any]] = []
     open_checkpoint, constant = Checkpoint.open, onnx.constant
 
-    def note(path: Path) -> Checkpoint:
+    def note(path: Path, *within: Any) -> Checkpoint:
         opened.append(path)
-        return open_checkpoint(path)
+        return open_checkpoint(path, *within)
 
     def watch(name: str, tensor: Tensor) -> Any:
         made = constant(name, tensor)

@@ -185,7 +185,8 @@ class Components:
     @cached_property
     def packed(self) -> PackedWeights | None:
         """Of transformers that GGUF files pack, where they stay so; reads headers."""
-        files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
+        known = self.parts.found
+        files = [known[name] for name in ("dit", "low_noise") if name in known]
         plain = self.dtypes.eight_bit is None and not self._serves("dit")
         return packed_weights(files, self.dtypes.dit) if plain else None
 
@@ -247,7 +248,7 @@ class Components:
             return None
         if folder is None or encoder is None or encoder.num_bytes < _WORTH_CACHING:
             return None
-        return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
+        return PromptCache(folder / "prompts", encoder.file, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
         """Of this text encoder, read once: it is not among the parts that make room for others."""
@@ -334,7 +335,7 @@ class Components:
                 self._loaded[name] = self.engine.attach(kind, module.requires_grad_(False))
                 return self._loaded[name]
             module = load_component(
-                getattr(self.parts, name),
+                self.parts.found[name],
                 kind,
                 dtype=dtype,
                 device=self.device,

@@ -19,6 +19,7 @@ from wanrt.weights.names import Component, Source, Translation
 from wanrt.weights.quantised import FP8, SCALES
 from wanrt.weights.safetensors_file import MAX_HEADER
 from wanrt.weights.specs import READERS, Config, Spec, contradiction
+from wanrt.weights.stretch import Stretch
 from wanrt.weights.strict_json import parse_json
 from wanrt.weights.titles import title_of
 
@@ -66,6 +67,16 @@ class Detected:
     num_params: int = 0
     num_bytes: int = 0
     note: str = ""
+    within: Stretch | None = None  # the file is there, and `path` is what it is called
+
+    @property
+    def file(self) -> Path:
+        """What lies on the disk."""
+        return self.path if self.within is None else self.within.file
+
+    def open(self) -> Checkpoint:
+        """Reads its header once more. Raises FormatError."""
+        return Checkpoint.open(self.path, self.within)
 
     def __str__(self) -> str:
         return f"{self.title}, {KIND_NAMES[self.kind]}" if self.spec else self.title
@@ -150,6 +161,7 @@ def _detect(checkpoint: Checkpoint, component: Component, others: list[Component
     common = {
         "path": path,
         "container": checkpoint.container,
+        "within": checkpoint.within,
         "layout": _layout(component, checkpoint),
         "precision": precision,
         "num_params": sum(info.numel for info in stored),
