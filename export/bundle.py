@@ -76,7 +76,7 @@ def _export(order: Order, work: Path, progress: Progress) -> _Made:
 
 def _build_engines(order: Order, work: Path, progress: Progress) -> _Made:
     """Engines of TensorRT-RTX, and the graphs that they were built from."""
-    todo = list(for_engines(order.spec, order.plain, order.eight_bit))
+    todo = list(for_engines(order.spec, order.plain, order.eight_bit, order.attention))
     built, total = 0, sum(len(cards_for(job.precision)) for job in todo)
 
     def report(line: str) -> None:

@@ -62,12 +62,18 @@ def for_onnxruntime(
         yield from (Job(spec.id, plain, one) for one in parts if not vae.is_section(one))
 
 
-def for_engines(spec: WanSpec, plain: Precision, eight_bit: EightBit | None) -> Iterator[Job]:
+def for_engines(
+    spec: WanSpec, plain: Precision, eight_bit: EightBit | None, attention: bool = False
+) -> Iterator[Job]:
     """What a bundle of engines wants: the halves of blocks, what is around them, the VAE.
 
-    Attention between the halves is native, and the VAE goes by sections, so that little need be
-    there twice. Encoders of text and pictures run once per request and stay native.
+    Attention between the halves is native unless `attention` asks for an engine, and the VAE goes
+    by sections, so that little need be there twice. Encoders of text and pictures run once per
+    request and stay native.
     """
+    if attention:
+        transformer = dit.empty(spec.dit, PLAIN[plain])
+        yield Job(spec.id, plain, dit.attention(transformer, PLAIN[plain]))
     for job in _of_transformer(spec, plain, eight_bit):
         if job.part.name != "dit.block":
             yield job

@@ -19,7 +19,8 @@ class Order:
     `plain` is the precision of what is not quantised, `eight_bit` that of the blocks' products.
     `embed`: weights are within the graphs; else they lie beside them, unless `weights` is false.
     `engines`: those of TensorRT-RTX, with their graphs; else the graphs that ONNX Runtime runs, of
-    every part, blocks and steps whole.
+    every part, blocks and steps whole. `attention`: between the halves of a block stands an engine,
+    not the native kernel.
     """
 
     spec: WanSpec
@@ -29,6 +30,7 @@ class Order:
     embed: bool = False
     weights: bool = True
     engines: bool = False
+    attention: bool = False
 
     def __post_init__(self) -> None:
         assert self.parts is not None or not (self.embed or self.weights), f"{self=}"
@@ -41,11 +43,20 @@ class Order:
                 "TensorRT-RTX has no attention in fp32; choose --precision bf16, fp16, int8 or fp8"
             )
 
+        if self.attention and not self.engines:
+            raise UsageError("--attention engine is for --engine tensorrt-rtx; leave it out")
+        if self.attention and self.eight_bit is not None:
+            raise UsageError(
+                f"in {self.eight_bit} the native kernel attends, in eight bits; --attention engine "
+                "goes with --precision bf16 or fp16"
+            )
+
     @property
     def key(self) -> str:
         """What finished files depend on."""
         told = {"spec": asdict(self.spec), "plain": self.plain, "eight_bit": self.eight_bit}
         told |= {"embed": self.embed, "engines": self.engines, "source": source_digest()}
+        told["attention"] = self.attention
         found = {} if self.parts is None else self.parts.found
         told["files"] = {name: _stamp(one.path) for name, one in found.items()}
         return json.dumps(told, sort_keys=True, default=str)

@@ -6,12 +6,15 @@ hold their graphs (`fake_tensorrt_rtx`), and ONNX Runtime does their arithmetic,
 is in fp16: it has no bf16 on a CPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import fake_tensorrt_rtx as fake
 import pytest
 from fake_tensorrt_rtx import FakePlace
+from onnx_graphs import each_graph_traced_once
 from torch import Tensor
 
 from wanrt import Pipeline, cli
@@ -22,6 +25,7 @@ from wanrt.errors import UsageError
 from wanrt.export import trt
 
 PROMPT = "a red circle moving right on a navy background"
+ATTENTION = 1 << 20  # bytes that its engine says it works in
 SETTINGS = {"seed": 3, "num_steps": 2, "num_frames": 9, "width": 64, "height": 48}
 
 
@@ -30,19 +34,39 @@ def fake_build(
 ) -> trt.Built:
     """A builder that builds nothing."""
     engine = fake.engine_of(graph, inputs)
-    return trt.Built(engine, "tensorrt-rtx", fake.__version__, capabilities, 1, 0, True, 0.0, ())
+    memory = ATTENTION if name == "dit.attention" else 1
+    return trt.Built(
+        engine, "tensorrt-rtx", fake.__version__, capabilities, memory, 0, True, 0.0, ()
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    with each_graph_traced_once():
+        yield
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    out = tmp_path_factory.mktemp("rtx") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trt, "build", fake_build)
-        words = ["--engine", "tensorrt-rtx", "--precision", "fp16"]
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["export", "nano", "-o", str(out), *words])
-        assert not ended.value.code
-    yield out
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Bundles of nano in fp16 by their further flags, each made once."""
+
+    @cache
+    def make(*flags: str) -> Path:
+        out = tmp_path_factory.mktemp("rtx") / "bundle"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trt, "build", fake_build)
+            words = ["--engine", "tensorrt-rtx", "--precision", "fp16", *flags]
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["export", "nano", "-o", str(out), *words])
+            assert not ended.value.code
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Callable[..., Path]) -> Path:
+    return exported()
 
 
 @pytest.fixture
@@ -79,6 +103,30 @@ def test_a_request_runs_through_them(bundle: Path, card: FakePlace) -> None:
     assert difference.mean() < 1 and video.frames.shape == (9, 48, 64, 3)
 
 
+def test_an_engine_may_do_the_attention(exported: Callable[..., Path], card: FakePlace) -> None:
+    """For every block, and for nothing else; the plan leaves it its workspace."""
+    made = exported("--attention", "engine")
+    held = Bundle.open(made).manifest
+    assert {e.workspace_bytes for e in held.engines if e.graph == "dit.attention"} == {ATTENTION}
+    pipe = Pipeline.load(str(made), engine="tensorrt-rtx")
+    assert pipe.components.engine_bytes.step == ATTENTION
+    calls: list[str] = []
+    run = adapter.TrtRunner.__call__
+
+    def note(self: adapter.TrtRunner, *args: Any) -> Any:
+        calls.append(self.name)
+        return run(self, *args)
+
+    native = Pipeline.load("nano")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter.TrtRunner, "__call__", note)
+        video = pipe.generate(PROMPT, **SETTINGS)
+    assert calls.count("dit.attention") == calls.count("dit.pre") > 0
+    expected = native.generate(PROMPT, **SETTINGS)
+    difference = abs(video.frames.astype(int) - expected.frames.astype(int))
+    assert difference.mean() < 1
+
+
 def test_a_card_that_the_bundle_does_not_know(
     bundle: Path, card: FakePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +145,9 @@ def test_a_machine_without_a_card_says_so(bundle: Path) -> None:
     [
         (["--precision", "fp32"], "no attention in fp32"),
         (["--embed"], "take weights as inputs"),
+        (["--attention", "none"], "choose native or engine"),
+        (["--attention", "engine", "--precision", "int8"], "in int8 the native kernel attends"),
+        (["--attention", "engine", "--engine", "onnxruntime"], "is for --engine tensorrt-rtx"),
     ],
 )
 def test_what_an_export_refuses(

@@ -157,8 +157,9 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
 
 
 def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> None:
-    """In two parts around the native attention where the bundle has them, else whole.
+    """In two parts around the attention where the bundle has them, else whole.
 
+    Between the parts an engine attends, if the bundle has one, unless that is done in eight bits.
     Where blocks stream, keys and values of the conditions stay native: their weights come when the
     module that makes them is called.
     """
@@ -200,6 +201,19 @@ def _attach_parts(block: Block, graphs: Graphs, index: int) -> None:
         return after.by_token(x=x, y=y.transpose(1, 2), **given)["out"]
 
     block.pre, block.post = pre, post
+    if graphs.has("dit.attention") and block.attend is block.ops.attention:
+        block.attend = _attention(graphs.get("dit.attention"))
+
+
+def _attention(runner: Runner) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Heads `[1, H, L, hd]` -> the same. It has no weights, and one serves all blocks."""
+    call = Call(runner, nn.Module())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = call(q=q.transpose(1, 2), k=k.transpose(1, 2), v=v.transpose(1, 2))["y"]
+        return y.transpose(1, 2)
+
+    return attend
 
 
 def _conditions(
