@@ -6,7 +6,9 @@ hold their graphs (`fake_tensorrt_rtx`), and ONNX Runtime does their arithmetic,
 is in fp16: it has no bf16 on a CPU.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from wanrt import Pipeline, cli
 from wanrt.engine import trt as adapter
 from wanrt.engine.bundle import Bundle
 from wanrt.engine.manifest import Input
+from wanrt.engine.records import canonical
+from wanrt.engine.trust import own_signer
 from wanrt.errors import UsageError
 from wanrt.export import trt
 
@@ -82,6 +86,19 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+def noted(patch: pytest.MonkeyPatch) -> list[str]:
+    """The engines that run from now on, by name."""
+    calls: list[str] = []
+    run = adapter.TrtRunner.__call__
+
+    def note(self: adapter.TrtRunner, *args: Any) -> Any:
+        calls.append(self.name)
+        return run(self, *args)
+
+    patch.setattr(adapter.TrtRunner, "__call__", note)
+    return calls
+
+
 def test_a_bundle_has_an_engine_for_each_card(bundle: Path) -> None:
     held = Bundle.open(bundle).manifest
     names = {graph.name for graph in held.graphs}
@@ -110,21 +127,52 @@ def test_an_engine_may_do_the_attention(exported: Callable[..., Path], card: Fak
     assert {e.workspace_bytes for e in held.engines if e.graph == "dit.attention"} == {ATTENTION}
     pipe = Pipeline.load(str(made), engine="tensorrt-rtx")
     assert pipe.components.engine_bytes.step == ATTENTION
-    calls: list[str] = []
-    run = adapter.TrtRunner.__call__
-
-    def note(self: adapter.TrtRunner, *args: Any) -> Any:
-        calls.append(self.name)
-        return run(self, *args)
-
     native = Pipeline.load("nano")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter.TrtRunner, "__call__", note)
+        calls = noted(patch)
         video = pipe.generate(PROMPT, **SETTINGS)
     assert calls.count("dit.attention") == calls.count("dit.pre") > 0
     expected = native.generate(PROMPT, **SETTINGS)
     difference = abs(video.frames.astype(int) - expected.frames.astype(int))
     assert difference.mean() < 1
+
+
+def without(bundle: Path, out: Path, parts: str) -> Path:
+    """A copy that has no engines of these parts for the card here, signed again."""
+    held = Bundle.open(bundle).manifest
+    card = FakePlace.compute_capability
+    engines = tuple(
+        one
+        for one in held.engines
+        if not one.graph.startswith(parts) or card not in one.compute_capabilities
+    )
+    dropped = {one.member for one in held.engines} - {one.member for one in engines}
+    members = tuple(one for one in held.members if one.name not in dropped)
+    raw = canonical(replace(held, engines=engines, members=members))
+    shutil.copytree(bundle, out)
+    for name in dropped:
+        (out / name).unlink()
+    (out / "manifest.json").write_bytes(raw)
+    (out / "manifest.sig").write_bytes(own_signer().signature(raw))
+    return out
+
+
+@pytest.mark.parametrize("parts", ["vae.", "dit.post"])
+def test_what_a_card_has_no_engines_for_is_native(
+    parts: str, bundle: Path, card: FakePlace, tmp_path: Path
+) -> None:
+    """A part of a model, or the blocks where a half is missing: in the plan as in the request."""
+    pipe = Pipeline.load(str(without(bundle, tmp_path / "bundle", parts)), engine="tensorrt-rtx")
+    planned = pipe.components.engine_bytes
+    assert (planned.decode is None) == (parts == "vae.")
+    assert planned.blocks == ("halves" if parts == "vae." else "native")
+    with pytest.MonkeyPatch.context() as patch:
+        calls = noted(patch)
+        video = pipe.generate(PROMPT, **SETTINGS)
+    assert calls and not [name for name in calls if name.startswith(parts)]
+    assert ("dit.pre" in calls) == (parts == "vae.")
+    expected = Pipeline.load("nano").generate(PROMPT, **SETTINGS)
+    assert abs(video.frames.astype(int) - expected.frames.astype(int)).mean() < 1
 
 
 def test_a_card_that_the_bundle_does_not_know(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.engine.graphs import Graphs, Runner
+from wanrt.engine.memory import HALVES
 from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
 from wanrt.kernels.limits import PART_TOKENS
@@ -157,7 +158,7 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
 
 
 def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> None:
-    """In two parts around the attention where the bundle has them, else whole.
+    """In two parts around the attention where the bundle has both, else whole.
 
     Between the parts an engine attends, if the bundle has one, unless that is done in eight bits.
     Where blocks stream, keys and values of the conditions stay native: their weights come when the
@@ -168,7 +169,7 @@ def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> No
         block.cross_attn.prepare = lambda context, image: CrossKV(
             *kv(context=context, image=image).values()
         )
-    if _has(graphs, "dit.pre", index):
+    if all(_has(graphs, half, index) for half in HALVES):
         _attach_parts(block, graphs, index)
     elif _has(graphs, "dit.block", index):
         _attach_whole(block, graphs, index)

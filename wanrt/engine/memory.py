@@ -10,6 +10,7 @@ from wanrt.memory.engine_bytes import EngineBytes, Side, VaeEngines
 from wanrt.vae_shapes import decoder_sections, encoder_sections
 
 EIGHT_BIT = frozenset({"int8", "fp8"})
+HALVES = frozenset({"dit.pre", "dit.post"})
 
 
 def engine_bytes(
@@ -34,8 +35,8 @@ def engine_bytes(
         told = f"{kind}{' ' + release if release else ''} on compute capability"
         reason = f"has no engine for {told} {shown_capability(card)}"
         raise FormatError(bundle.path, reason, "`wanrt bundle list` says what it has")
-    blocks = "halves" if "dit.pre" in found else "whole" if "dit.block" in found else "native"
-    idle = {"halves": {"dit.block"}, "whole": {"dit.post"}, "native": {"dit.post"}}[blocks]
+    blocks = "halves" if HALVES <= found.keys() else "whole" if "dit.block" in found else "native"
+    idle = {"dit.block"} if blocks == "halves" else set(HALVES)
     if blocks != "halves" or _precisions(bundle.manifest) & EIGHT_BIT:
         idle.add("dit.attention")  # it is in the block, or native
     return EngineBytes(
