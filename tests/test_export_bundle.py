@@ -134,9 +134,12 @@ def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo
     assert distance(actual, latents(model=folder)) < 1e-4
 
 
-def test_a_zip_with_weights_computes_what_the_folder_does(exported: Make) -> None:
+@pytest.mark.parametrize("flags", [(), ("--embed",)], ids=["beside", "embedded"])
+def test_a_zip_with_weights_computes_what_the_folder_does(
+    flags: tuple[str, ...], exported: Make
+) -> None:
     """Its weights are read where they lie in the zip: the same latents, bit for bit."""
-    zipped, folder = exported("nano", ending=".zip"), exported("nano")
+    zipped, folder = exported("nano", *flags, ending=".zip"), exported("nano", *flags)
     assert zipped.is_file()
     before = sorted(zipped.parent.iterdir())
     expected = latents(model=str(folder), engine="onnxruntime")

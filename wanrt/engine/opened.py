@@ -136,11 +136,9 @@ def model_in(path: Path, engine: Engine) -> Parts:
 
 def _beside(bundle: Bundle) -> Parts:
     """Parts that lie beside the graphs; of a zip, within it."""
-    found = [
-        one
-        for name in bundle.manifest.weights
-        for one in identify(Checkpoint.open(bundle.path / name, bundle.locate(name)))
-    ]
+    places = {name: bundle.locate(name) for name in bundle.manifest.weights}
+    opened = (Checkpoint.open(bundle.path / name, place) for name, place in places.items())
+    found = [one for checkpoint in opened for one in identify(checkpoint)]
     return choose_parts(bundle.path, found)
 
 
