@@ -17,8 +17,8 @@ from wanrt.config import DIT_1_3B
 from wanrt.errors import UsageError
 from wanrt.models.dit import Block, TimeEmbedding
 from wanrt.models.layers import RopeTables
+from wanrt.quant.formats import PLAIN
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LIMITS = {"fp32": 1e-4, "bf16": 3e-2}  # bf16: the peer keeps its residual stream in bf16
 _GRID = 8  # tokens per row and column of the made-up video
 
@@ -43,8 +43,8 @@ def main(
     if not as_json:
         print("1.3B block, " + ", ".join(f"{key} {value}" for key, value in about.items() if value))
     for name in dtypes:
-        if name not in _DTYPES:
-            raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_DTYPES)}")
+        if name not in _LIMITS:
+            raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_LIMITS)}")
         row = {"bench": "block", "dtype": name, "tokens": tokens}
         row |= measure(device, peer, name, tokens, repeats)
         print(json.dumps(row | about) if as_json else _line(row))
@@ -56,7 +56,7 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of ours and of the peer, their ratio and their relative error."""
     torch.manual_seed(0)
-    dtype, d = _DTYPES[name], DIT_1_3B.dim
+    dtype, d = PLAIN[name], DIT_1_3B.dim
     case = Case(
         torch.randn(1, tokens, d, device=device),
         torch.randn(1, 512, d, device=device).to(dtype),

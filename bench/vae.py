@@ -26,12 +26,12 @@ from wanrt.kernels import reference_vae
 from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
+from wanrt.quant.formats import PLAIN
 
 Decode = Callable[[Tensor], Tensor]
 
 LATENT_FRAMES = 3  # 9 frames
 _CHILDREN = 3  # fresh processes differ by what their allocator keeps
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LIMITS = {"fp32": 1e-4, "bf16": 6e-2}  # bf16: two roads through 40 layers, pixels in [-1, 1]
 
 
@@ -46,8 +46,8 @@ def main(
         about_text = ", ".join(f"{key} {value}" for key, value in about.items() if value)
         print(f"VAE 2.1 decode, 9 frames, {about_text}")
     for name in dtypes:
-        if name not in _DTYPES:
-            raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_DTYPES)}")
+        if name not in _LIMITS:
+            raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_LIMITS)}")
         for size in sizes:
             row = {"bench": "vae", "dtype": name, "size": size}
             row |= measure(device, peer, name, _latent_size(size), repeats)
@@ -99,11 +99,11 @@ def decode_flop(size: tuple[int, int]) -> int:
 def make_decoder(who: str, name: str, device: str) -> Decode:
     """The decode of one side, on random weights that are the same for both."""
     torch.manual_seed(0)
-    ops = choose(VaeOps, torch.device(device), _DTYPES[name])
+    ops = choose(VaeOps, torch.device(device), PLAIN[name])
     ours = WanVAE(VAE_2_1, ops).eval().requires_grad_(False)
     if who == "wanrt":
-        return ours.to(device, _DTYPES[name]).decode
-    theirs = peers.diffusers_vae(ours).to(device, _DTYPES[name])
+        return ours.to(device, PLAIN[name]).decode
+    theirs = peers.diffusers_vae(ours).to(device, PLAIN[name])
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1).to(device) for v in LATENT_STATISTICS[16])
     return lambda latents: theirs.decode((latents * std + mean).to(theirs.dtype)).sample
 

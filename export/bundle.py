@@ -4,81 +4,26 @@ What is finished waits in a folder beside the bundle, so that an export that was
 where it was. Peak: the largest tensor, or with embedded weights one block and its graph.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from torch import Tensor
-
-from wanrt.config import WanSpec
 from wanrt.engine import bundle as bundles
-from wanrt.engine.manifest import FORMAT, Engine, Graph, Licence, Manifest, Model, Precision
+from wanrt.engine.manifest import FORMAT, Engine, Graph, Licence, Manifest, Model
 from wanrt.engine.trust import Signer
-from wanrt.errors import UsageError
-from wanrt.export import dit, encoders, onnx, qdq, vae
-from wanrt.export.engine_set import build_set, source_digest
-from wanrt.export.engines import Job, cards_for, inputs_of, jobs_of
-from wanrt.export.part import DTYPES
+from wanrt.export.engine_set import build_set
+from wanrt.export.engines import cards_for
+from wanrt.export.graphs import GraphWriter, record_of, wanted
+from wanrt.export.jobs import for_engines
+from wanrt.export.order import Order
 from wanrt.export.source import licence_text, provenance
-from wanrt.quant.policy import EightBit
-from wanrt.weights.contents import Weights
-from wanrt.weights.load import skeleton
-from wanrt.weights.names import Kind
-from wanrt.weights.parts import Parts
 from wanrt.weights.quantize import rewrite_model
 
+__all__ = ["Order", "export"]
+
 Progress = Callable[[str, int, int], None]  # what, done, total
-_TEXT: dict[Precision, Precision] = {"fp16": "fp32"}  # umT5 overflows in fp16
 _LICENCE = "licences/apache-2.0.txt"
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to export. `parts` None: graphs alone, of a released model that need not be here.
-
-    `plain` is the precision of what is not quantised, `eight_bit` that of the blocks' products.
-    `embed`: weights are within the graphs; else they lie beside them, unless `weights` is false.
-    `engines`: those of TensorRT-RTX, with their graphs; else the graphs that ONNX Runtime runs, of
-    every part, blocks and steps whole.
-    """
-
-    spec: WanSpec
-    parts: Parts | None
-    plain: Precision
-    eight_bit: EightBit | None = None
-    embed: bool = False
-    weights: bool = True
-    engines: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.parts is not None or not (self.embed or self.weights), f"{self=}"
-        if self.embed and self.spec.boundary is not None:
-            raise UsageError("--embed takes the weights of one transformer; this model has two")
-        if self.engines and self.embed:
-            raise UsageError("engines of TensorRT-RTX take weights as inputs; leave --embed out")
-        if self.engines and self.plain == "fp32":
-            raise UsageError(
-                "TensorRT-RTX has no attention in fp32; choose --precision bf16, fp16, int8 or fp8"
-            )
-
-    @property
-    def key(self) -> str:
-        """What finished files depend on."""
-        told = {"spec": asdict(self.spec), "plain": self.plain, "eight_bit": self.eight_bit}
-        told |= {"embed": self.embed, "engines": self.engines, "source": source_digest()}
-        found = {} if self.parts is None else self.parts.found
-        told["files"] = {name: _stamp(one.path) for name, one in found.items()}
-        return json.dumps(told, sort_keys=True, default=str)
-
-
-def _stamp(path: Path) -> list[object]:
-    """What tells a file, or the shards beside an index, from what was there before."""
-    files = sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
-    states = [file.stat() for file in (path, *files)]
-    return [str(path.resolve()), [(state.st_size, state.st_mtime_ns) for state in states]]
 
 
 def export(order: Order, out: Path, signer: Signer, progress: Progress) -> Manifest:
@@ -121,17 +66,17 @@ class _Made(NamedTuple):
 
 def _export(order: Order, work: Path, progress: Progress) -> _Made:
     """Graphs for ONNX Runtime."""
-    wanted, graphs = list(wanted_graphs(order)), []
-    for i, one in enumerate(wanted):
-        progress(f"export {one.part.name}", i, len(wanted))
-        graphs += list(_write_graphs(order, one, work / "onnx"))
-    progress("export", len(wanted), len(wanted))
-    return _Made(graphs, [], {g.member: work / g.member for g in graphs})
+    jobs, writer, made = wanted(order), GraphWriter(order, work / "onnx"), []
+    for i, job in enumerate(jobs):
+        progress(f"export {job.part.name}", i, len(jobs))
+        made += list(writer.write(job))
+    progress("export", len(jobs), len(jobs))
+    return _Made(made, [], {graph.member: work / graph.member for graph in made})
 
 
 def _build_engines(order: Order, work: Path, progress: Progress) -> _Made:
     """Engines of TensorRT-RTX, and the graphs that they were built from."""
-    todo = list(jobs_of(order.spec.id, order.spec, order.plain, order.eight_bit))
+    todo = list(for_engines(order.spec, order.plain, order.eight_bit, order.attention))
     built, total = 0, sum(len(cards_for(job.precision)) for job in todo)
 
     def report(line: str) -> None:
@@ -152,7 +97,7 @@ def _build_engines(order: Order, work: Path, progress: Progress) -> _Made:
         graph = f"onnx/{record.part}.onnx"
         if graph not in made.files:
             made.files[graph] = (work / "engines" / record.file).with_name(f"{record.part}.onnx")
-            made.graphs.append(_record(made.files[graph], graph, jobs[record.part], False))
+            made.graphs.append(record_of(made.files[graph], graph, jobs[record.part]))
     return made
 
 
@@ -168,27 +113,6 @@ def _write_weights(order: Order, folder: Path, progress: Progress) -> None:
         shutil.copyfile(order.parts.tokenizer, folder / order.parts.tokenizer.name)
 
 
-def wanted_graphs(order: Order) -> Iterator[Job]:
-    """Every graph that ONNX Runtime wants of a model, in the order of a request."""
-    spec, there = order.spec, None if order.parts is None else order.parts.found
-    name, plain, dtype = spec.id, order.plain, DTYPES[order.plain]
-    text = _TEXT.get(plain, plain)
-    if there is None or "umt5" in there:
-        encoder = encoders.empty_umt5(spec.umt5, DTYPES[text])
-        yield from (Job(name, text, part) for part in encoders.umt5_parts(encoder, DTYPES[text]))
-    if spec.clip is not None and (there is None or "clip" in there):
-        tower = encoders.empty_clip(spec.clip, dtype)
-        yield from (Job(name, plain, part) for part in encoders.clip_parts(tower, dtype))
-    transformer = dit.empty(spec.dit, dtype)
-    for part in dit.parts(transformer, dtype):
-        if part.name not in ("dit.pre", "dit.post"):
-            formats = dit.formats(transformer, part, order.eight_bit) if order.eight_bit else {}
-            yield Job(name, order.eight_bit if formats else plain, part, formats)
-    if there is None or "vae" in there:
-        parts = vae.parts(vae.empty(spec.vae, dtype), dtype)
-        yield from (Job(name, plain, part) for part in parts if not vae.is_section(part))
-
-
 def _work_folder(order: Order, out: Path) -> Path:
     """Where finished files wait; emptied where they are of another order."""
     work = out.with_name(f".{out.name}.part")
@@ -198,46 +122,3 @@ def _work_folder(order: Order, out: Path) -> Path:
     (work / "onnx").mkdir(parents=True, exist_ok=True)
     note.write_text(key)
     return work
-
-
-def _write_graphs(order: Order, wanted: Job, folder: Path) -> Iterator[Graph]:
-    """The files of one part: one, or with embedded weights one for each of its homes."""
-    part = wanted.part
-    indices = range(len(part.homes)) if order.embed else [None]
-    names = {i: part.name if i is None else part.name_at(i) for i in indices}
-    model: onnx.Model | None = None
-    for i, name in names.items():
-        path = folder / f"{name}.onnx"
-        if not path.exists():
-            model = model or _trace(wanted)
-            held = model if i is None else onnx.embed(model, _weights_of(order, wanted, model, i))
-            partial = path.with_suffix(".part")
-            partial.write_bytes(onnx.serialise(held))
-            partial.replace(path)
-        yield _record(path, f"onnx/{path.name}", wanted, order.embed)
-
-
-def _trace(wanted: Job) -> onnx.Model:
-    model = onnx.trace(wanted.part)
-    return qdq.quantise(model, wanted.formats) if wanted.formats else model
-
-
-def _weights_of(order: Order, wanted: Job, model: onnx.Model, index: int) -> dict[str, Tensor]:
-    """What a graph's inputs are in one of the modules that it serves."""
-    assert order.parts is not None
-    kind = cast(Kind, wanted.part.name.partition(".")[0])
-    found = order.parts.found[kind]
-    dtype = DTYPES.get(wanted.precision, DTYPES[order.plain])
-    weights = Weights(skeleton(kind, found.spec), found, dtype, check=True)
-    home = wanted.part.homes[index]
-    prefix = f"{home}." if home else ""
-    weights.formats = {prefix + name: form for name, form in wanted.formats.items()}
-    names = {f"{prefix}{value.name}": value.name for value in model.graph.inputs}
-    return {names[name]: weights.read(name) for name in weights.names() if name in names}
-
-
-def _record(path: Path, member: str, wanted: Job, embedded: bool) -> Graph:
-    """What the manifest says of a finished graph."""
-    inputs = inputs_of(onnx.parse(path.read_bytes()), wanted.part)
-    name = Path(member).name.removesuffix(".onnx")
-    return Graph(name, member, wanted.precision, embedded, onnx.OPSET, inputs)

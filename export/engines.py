@@ -5,17 +5,17 @@ every checkpoint of its shape, and the set is a few megabytes per model. Engines
 card each: one that is to run on several has the memory of the neediest.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import get_args
 
 import torch
 
-from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2, WanSpec
+from wanrt.config import MODELS, NANO, VAE_2_1, VAE_2_2
 from wanrt.engine.manifest import Input, Precision
-from wanrt.export import dit, onnx, qdq, rtx, trt, vae
-from wanrt.export.part import DTYPES, Axis, Part
-from wanrt.quant.formats import LinearFormat
+from wanrt.export import dit, onnx, trt, vae
+from wanrt.export.jobs import Job
+from wanrt.export.part import Axis, Part
 from wanrt.quant.policy import EightBit
 
 VAES = {"vae-2.1": VAE_2_1, "vae-2.2": VAE_2_2}
@@ -39,21 +39,6 @@ _BF16 = torch.bfloat16
 _SCORE = 2  # bytes of a score in bf16
 
 
-@dataclass(frozen=True)
-class Job:
-    """A part of a model in a precision."""
-
-    model: str
-    precision: Precision
-    part: Part
-    formats: Mapping[str, LinearFormat] = field(default_factory=dict)
-
-    def trace(self) -> onnx.Model:
-        """Its graph, as the builder takes it."""
-        model = onnx.trace(self.part)
-        return rtx.spared(qdq.quantise(model, self.formats) if self.formats else model)
-
-
 def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) -> Iterator[Job]:
     """All that are to be built, in the order of the table.
 
@@ -69,25 +54,6 @@ def jobs(models: Iterable[str] = IDS, precisions: Iterable[str] = tuple(CARDS)) 
             yield from _transformer(model, wanted)
 
 
-def jobs_of(
-    name: str, spec: WanSpec, plain: Precision, eight_bit: EightBit | None
-) -> Iterator[Job]:
-    """What the bundle of one model wants: the halves of its blocks, what is around them, the VAE.
-
-    Attention between the halves is native, and the VAE goes by sections, so that little need be
-    there twice. Encoders of text and pictures run once per request and stay native.
-    """
-    dtype = DTYPES[plain]
-    empty = dit.empty(spec.dit, dtype)
-    for part in dit.parts(empty, dtype):
-        if part.name != "dit.block":
-            formats = dit.formats(empty, part, eight_bit) if eight_bit else {}
-            yield Job(name, eight_bit if formats else plain, part, formats)
-    for part in vae.parts(vae.empty(spec.vae, dtype), dtype):
-        if vae.is_section(part):
-            yield Job(name, plain, part)
-
-
 def cards_for(precision: Precision) -> tuple[int, ...]:
     """Compute capabilities that multiply it; fp16 wherever bf16 is."""
     return CARDS.get(precision, CARDS["bf16"])
@@ -98,12 +64,10 @@ def _transformer(model: str, wanted: Collection[str]) -> Iterator[Job]:
     if "bf16" in wanted:
         yield Job(model, "bf16", dit.attention(empty, _BF16))
     for part in dit.parts(empty, _BF16):
-        if "bf16" in wanted:
-            yield Job(model, "bf16", part)
-        for precision in get_args(EightBit):
-            formats = dit.formats(empty, part, precision)
-            if precision in wanted and formats:
-                yield Job(model, precision, part, formats)
+        for eight_bit in (None, *get_args(EightBit)):
+            job = Job.of(model, empty, part, "bf16", eight_bit)
+            if job.precision in wanted and job.precision == (eight_bit or "bf16"):
+                yield job
 
 
 def inputs_of(model: onnx.Model, part: Part) -> tuple[Input, ...]:

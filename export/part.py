@@ -8,14 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanrt.engine.manifest import Precision
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}  # of parts; eight bits come after tracing
-
 
 @dataclass(frozen=True)
 class Axis:

@@ -1,7 +1,9 @@
 """Graphs made on the spot, for tests of what runs them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 
 from wanrt.engine.ort import OrtRunner
@@ -9,6 +11,24 @@ from wanrt.export import onnx
 from wanrt.export.part import Part
 
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def each_graph_traced_once() -> Iterator[None]:
+    """Within it, for all exports: tracing is what takes their time."""
+    traced: dict[object, bytes] = {}
+    trace = onnx.trace
+
+    def remember(part: Part) -> onnx.Model:
+        weights = tuple((name, w.dtype, w.shape) for name, w in part.weights().items())
+        key = (part.name, part.inputs, weights)
+        if key not in traced:
+            traced[key] = onnx.serialise(trace(part))
+        return onnx.parse(traced[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", remember)
+        yield
 
 
 class TracedGraphs:

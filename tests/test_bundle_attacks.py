@@ -55,9 +55,19 @@ def files(good: Path) -> list[tuple[str, bytes]]:
 
 
 def _open(path: Path) -> dict[str, bytes]:
-    """As a program does that uses all of it."""
+    """As a program does that uses all of it, weights from where they lie."""
     opened = Bundle.open(path, {SIGNER.key})
-    return {name: opened.read(name) for name in CONTENTS}
+    files = {name: opened.read(name) for name in CONTENTS if not name.endswith(".safetensors")}
+    for name in set(CONTENTS) - set(files):
+        place = opened.locate(name)
+        files[name] = place.file.read_bytes()[place.begin : place.begin + place.size]
+    assert not set(CONTENTS) - set(files)
+    return files
+
+
+@pytest.mark.parametrize("name", ["b", "b.zip"])
+def test_a_good_one_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+    assert _open(write(tmp_path / name)) == CONTENTS
 
 
 def _refused(path: Path, named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """Transformers whose arithmetic is done by graphs in ONNX Runtime, against their own."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -104,6 +106,45 @@ def test_a_key_bias_counts_pads_as_the_native_model_does() -> None:
         ]
         plain = native(**given, context=native.prepare(context))
     assert distance(results[1], results[0]) < 1e-5 < distance(plain, results[0])
+
+
+class Scaling(torch.nn.Module):
+    """Counts who asks for its weights."""
+
+    asked = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        self.asked += 1
+        return super().named_parameters(*args, **kwargs)
+
+
+class Times:
+    """A runner: x times the weight."""
+
+    inputs: ClassVar = {"x": FP32, "weight": FP32}
+    outputs: ClassVar = {"out": FP32}
+
+    def __call__(
+        self, given: Mapping[str, Tensor], out: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        made = given["x"] * given["weight"]
+        return {"out": out["out"].copy_(made) if out else made}
+
+
+def test_weights_are_bound_once_for_all_parts_and_anew_for_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block that streams lies elsewhere the next time."""
+    monkeypatch.setattr(attach, "PART_TOKENS", 16)
+    module, x = Scaling(), torch.randn(1, 50, 3)
+    call = attach.Call(Times(), module)
+    assert torch.equal(call.by_token(x=x)["out"], x) and module.asked == 1
+    module.weight.data = torch.full((3,), 2.0)
+    assert torch.equal(call.by_token(x=x)["out"], 2 * x) and module.asked == 2
 
 
 def test_what_engines_refuse() -> None:

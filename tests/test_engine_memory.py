@@ -86,7 +86,10 @@ def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_pat
     plain = workspaces("bf16") | BLOCKS["bf16"] | {"dit.attention": 3096576000}
     with_all = write_engines(B14, tmp_path / "all", plain)
     assert format_in(with_all.manifest) == "bf16"
-    assert engine_bytes(with_all, B14.vae, 89).step == 1010691072  # what halves leave idle is not
+    assert engine_bytes(with_all, B14.vae, 89).step == 3096576000  # what halves leave idle is not
+    eight = workspaces("int8") | {"dit.attention": 3096576000}
+    held = engine_bytes(write_engines(B14, tmp_path / "eight", eight, "int8"), B14.vae, 89)
+    assert held.step == 803094528  # attention is native there, in eight bits
     plain.pop("vae.decode.2.first")
     plain |= {"vae.decode.first": 1 << 30, "vae.decode.step": 2 << 30}
     whole = plain

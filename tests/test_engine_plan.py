@@ -83,6 +83,10 @@ class DitGraphs:
             "dit.pre": (common | {"freqs": FP32}, dict.fromkeys("qkv", rows(BF16, *heads))),
             "dit.post": (common | text | {"y": BF16}, {"out": rows(FP32, dit.dim)}),
             "dit.block": (common | text | {"freqs": FP32}, {"out": rows(FP32, dit.dim)}),
+            "dit.attention": (
+                dict.fromkeys("qkv", BF16),
+                {"y": lambda given: empty(given["q"].shape, BF16)},
+            ),
             "dit.before": ({"x": FP32}, {"out": rows(BF16, dit.dim)}),
             "dit.after": ({"x": FP32}, {"out": rows(BF16, dit.dim)}),
             "dit.head": ({"x": FP32, "e": FP32}, {"out": rows(FP32, patch)}),
@@ -131,7 +135,11 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("names", [HALVES, ("dit.block",)], ids=["halves", "whole"])
+@pytest.mark.parametrize(
+    "names",
+    [HALVES, (*HALVES, "dit.attention"), ("dit.block",)],
+    ids=["halves", "halves-attention", "whole"],
+)
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("model,width,height", SIZES)
 def test_a_traced_step_peaks_where_the_plan_says(

@@ -1,26 +1,26 @@
 """`wanrt export` and `--engine onnxruntime`: from a model to a bundle to a clip, on the CPU."""
 
-import json
-import shutil
+import struct
+import zipfile
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bundle_files
 import pytest
+import torch
 from conftest import Files, Zoo
-from onnx_graphs import TracedGraphs
+from onnx_graphs import TracedGraphs, each_graph_traced_once
 from torch import Tensor
 
 from wanrt import Pipeline, cli
 from wanrt.engine.bundle import Bundle, sign
-from wanrt.engine.manifest import is_bundle
+from wanrt.engine.manifest import Member, is_bundle
 from wanrt.engine.opened import Engine
 from wanrt.engine.trust import load_signer, make_key
 from wanrt.errors import FormatError, UsageError
-from wanrt.export import bundle, onnx
-from wanrt.export.part import Part
-from wanrt.weights.parts import find_parts
+from wanrt.weights.checkpoint import Checkpoint
 
 PROMPT = "a red circle moving right on a navy background"
 SETTINGS = {"seed": 3, "num_steps": 3, "num_frames": 5, "width": 64, "height": 48}
@@ -50,20 +50,8 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def each_graph_is_traced_once() -> Iterator[None]:
-    """For all exports of this file: it is what takes their time."""
-    traced: dict[object, bytes] = {}
-    trace = onnx.trace
-
-    def remember(part: Part) -> onnx.Model:
-        weights = tuple((name, w.dtype, w.shape) for name, w in part.weights().items())
-        key = (part.name, part.inputs, weights)
-        if key not in traced:
-            traced[key] = onnx.serialise(trace(part))
-        return onnx.parse(traced[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", remember)
+def traced_once() -> Iterator[None]:
+    with each_graph_traced_once():
         yield
 
 
@@ -73,7 +61,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[tuple[str, ...], Path] = {}
 
     def export(model: object, *flags: str, ending: str = "") -> Path:
-        key = (str(model), *flags)
+        key = (str(model), *flags, ending)
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / f"bundle{ending}"
             with pytest.raises(SystemExit) as ended:
@@ -144,6 +132,85 @@ def test_graphs_alone_serve_a_model_that_lies_elsewhere(exported: Make, zoo: Zoo
     folder = str(zoo.path("nano"))  # other weights than nano's own
     actual = latents(model=folder, engine="onnxruntime", bundle=graphs)
     assert distance(actual, latents(model=folder)) < 1e-4
+
+
+@pytest.mark.parametrize("flags", [(), ("--embed",)], ids=["beside", "embedded"])
+def test_a_zip_with_weights_computes_what_the_folder_does(
+    flags: tuple[str, ...], exported: Make
+) -> None:
+    """Its weights are read where they lie in the zip: the same latents, bit for bit."""
+    zipped, folder = exported("nano", *flags, ending=".zip"), exported("nano", *flags)
+    assert zipped.is_file()
+    before = sorted(zipped.parent.iterdir())
+    expected = latents(model=str(folder), engine="onnxruntime")
+    assert torch.equal(latents(model=str(zipped), engine="onnxruntime"), expected)
+    assert sorted(zipped.parent.iterdir()) == before
+
+
+def _weights_in(data: bytes) -> int:
+    """Where the local header of the first weights begins."""
+    listed = zipfile.ZipFile(BytesIO(data)).infolist()
+    return next(one.header_offset for one in listed if one.filename.endswith(".safetensors"))
+
+
+def _shift(data: bytearray, offset: int, number: int) -> None:
+    """Add to a number of four bytes."""
+    (old,) = struct.unpack_from("<I", data, offset)
+    struct.pack_into("<I", data, offset, old + number)
+
+
+# Each changes a good zip; `at` is where the local header of weights begins.
+ZIPS: dict[str, tuple[Callable[[bytearray, int], object], str]] = {
+    "local size": (lambda d, at: _shift(d, at + 22, -8), "not as wanrt writes it"),
+    "both local sizes": (lambda d, at: _resize(d, at, -8), "no file of a stored zip begins"),
+    "local name": (lambda d, at: d.__setitem__(at + 31, ord("x")), "directory alone"),
+    "place": (lambda d, at: _shift(d, d.rindex(b"PK\x01\x02") + 42, -64), "directory alone"),
+    "overlap": (lambda d, at: _resize(d, at, 64), "no file of a stored zip begins"),
+    "a byte of a weight": (lambda d, at: d.__setitem__(at + 5000, d[at + 5000] ^ 1), "the CRC"),
+}
+
+
+def _resize(data: bytearray, header: int, number: int) -> None:
+    """Both sizes that a local header states."""
+    for place in (18, 22):
+        _shift(data, header + place, number)
+
+
+@pytest.mark.parametrize("attack", ZIPS)
+def test_a_zip_that_means_harm_gives_no_weights(
+    attack: str, exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers that disagree, bytes that overlap, numbers that were changed: none is opened."""
+    change, says = ZIPS[attack]
+    data = bytearray(exported("nano", ending=".zip").read_bytes())
+    change(data, _weights_in(data))
+    (tmp_path / "hostile.zip").write_bytes(data)
+    opened: list[object] = []
+    monkeypatch.setattr(Checkpoint, "open", lambda *args: opened.append(args))
+    with pytest.raises(FormatError, match=says):
+        Pipeline.load(str(tmp_path / "hostile.zip"), engine="onnxruntime")
+    assert not opened
+
+
+def test_a_bundle_is_opened_once(exported: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at the signature, one at each of its weights."""
+    opened, hashed = [], []
+    open_bundle, checked = Bundle.open, Bundle._checked
+
+    def note(path: Path) -> Bundle:
+        opened.append(path)
+        return open_bundle(path)
+
+    def watch(self: Bundle, member: Member) -> Iterator[bytes]:
+        hashed.append(member.name)
+        return checked(self, member)
+
+    monkeypatch.setattr(Bundle, "open", note)
+    monkeypatch.setattr(Bundle, "_checked", watch)
+    bundle = exported("nano")
+    Pipeline.load(str(bundle), engine="onnxruntime")
+    held = open_bundle(bundle).manifest
+    assert opened == [bundle] and sorted(hashed) == sorted([*held.weights, held.tokenizer])
 
 
 class Task(NamedTuple):
@@ -252,73 +319,3 @@ def test_a_bundle_of_a_stranger_is_not_opened(exported: Make, tmp_path: Path) ->
     with pytest.raises(SystemExit) as ended:
         cli.main(["bundle", "verify", str(out), "--trust", key])
     assert ended.value.code == 3
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "says"),
-    [
-        (["nano", "-o", "OUT/none/bundle"], 5, "there is no folder"),
-        (["nano", "-o", "OUT"], 5, "is there already"),
-        (["nano", "-o", "OUT/b.zip"], 2, "leave .zip out"),
-        (["nano", "-o", "OUT/b", "--precision", "fp4"], 2, "choose fp32, fp16, bf16, int8, fp8"),
-        (["nano", "-o", "OUT/b", "--engine", "xla"], 2, "choose onnxruntime, tensorrt-rtx"),
-        (["nano", "-o", "OUT/b", "--embed", "--no-weights"], 2, "leaves them out"),
-    ],
-)
-def test_what_an_export_refuses(
-    args: list[str], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["export", *(arg.replace("OUT", str(tmp_path)) for arg in args)])
-    assert ended.value.code == code and says in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_finished_counts_for_the_same_weights_only(zoo: Zoo, tmp_path: Path) -> None:
-    """Else a stopped export with embedded weights would go on with those of another checkpoint."""
-    shutil.copytree(zoo.path("nano"), tmp_path / "model")
-
-    def key() -> str:
-        parts = find_parts(tmp_path / "model")
-        return bundle.Order(Zoo.specs["nano"], parts, "fp32", embed=True).key
-
-    before = key()
-    assert key() == before
-    weights = find_parts(tmp_path / "model").dit
-    raw = bytearray(weights.read_bytes())
-    raw[-1] ^= 1
-    weights.write_bytes(raw)
-    assert key() != before
-
-
-def test_a_stopped_export_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is finished is not traced again, and the bundle is that of one go."""
-    traced: list[str] = []
-    trace = onnx.trace
-
-    def stop_at_the_fifth(part: Any) -> Any:
-        if len(traced) == 4:
-            raise KeyboardInterrupt
-        traced.append(part.name)
-        return trace(part)
-
-    def note(part: Any) -> Any:
-        traced.append(part.name)
-        return trace(part)
-
-    monkeypatch.setattr(onnx, "trace", stop_at_the_fifth)
-    words = ["export", "nano", "-o", str(tmp_path / "out.zip"), "--no-weights", "--json"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    assert ended.value.code == 130 and not (tmp_path / "out.zip").exists()
-    first = set(traced)
-    traced.clear()
-    monkeypatch.setattr(onnx, "trace", note)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    assert not ended.value.code and not first & set(traced)
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["graphs"] == len(first | set(traced))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.zip"]

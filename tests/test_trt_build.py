@@ -4,6 +4,8 @@ No engine is run here: that takes a card. What is checked is that they are built
 are, what memory they ask for, and that the same graph gives the same bytes.
 """
 
+import struct
+import zlib
 from functools import cache
 
 import onnx_ir as ir
@@ -55,6 +57,26 @@ def test_attention_is_one_kernel(name: str, card: int) -> None:
     assert 0 < built.workspace < SCORES
     assert len(built.engine) <= 4 * MEGABYTE
     assert engines.fused(part, built) is True
+
+
+PRELUDE_END = b"/*__MYELIN_NVRTC_KGEN_BUILTINS_END__*/"
+
+
+def test_what_a_block_in_int8_is_made_of() -> None:
+    """Why it is over four megabytes: text of the builder's, and numbers for as many tokens as may
+    come. Should a release change that, docs/engines.md has to."""
+    jobs = engines.jobs(["wan2.1-t2v-1.3b"], ["int8"])
+    job = next(job for job in jobs if job.part.name == "dit.block")
+    model = job.trace()
+    built = build(model, job.part, 89)
+    pieces = built.engine.split(PRELUDE_END)[:-1]
+    assert len({piece[-128_000:] for piece in pieces}) == 1
+    assert len(pieces) * 128_000 > 0.6 * len(built.engine)
+    for number in (1.0, 0.0):
+        assert struct.pack("<f", number) * 75600 in built.engine
+    assert 4 * MEGABYTE < len(built.engine) <= 4.7 * MEGABYTE
+    assert len(zlib.compress(built.engine)) < 0.4 * MEGABYTE
+    assert len(build(model, job.part, 89, fixed=True).engine) < 4 * MEGABYTE
 
 
 def test_the_gate_sees_attention_that_is_not_fused() -> None:

@@ -15,6 +15,7 @@ from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
 
 _PLAIN = ("fp32", "fp16", "bf16")
+_ATTENTION = ("native", "engine")
 _BESIDE = {"onnxruntime": "fp32", "tensorrt-rtx": "bf16"}  # what is not in eight bits
 
 
@@ -31,6 +32,9 @@ def export(
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Graphs alone, megabytes.")
     ] = True,
+    attention: Annotated[
+        str, typer.Option(help="native, or engine: one of TensorRT-RTX, in bf16 and fp16.")
+    ] = "native",
     key: Annotated[Path | None, typer.Option(help="Signs it; by default one of your own.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -44,7 +48,7 @@ def export(
     from wanrt.engine.trust import load_signer, own_signer
 
     precision = precision or _BESIDE.get(engine, "fp32")
-    _check(out, engine, precision, embed, weights)
+    _check(out, engine, precision, embed, weights, attention)
     parts = None if not weights and model in MODELS else find_parts(resolve_model(model, offline))
     eight_bit = precision if precision in ("int8", "fp8") else None
     order = bundle.Order(
@@ -55,6 +59,7 @@ def export(
         embed=embed,
         weights=weights,
         engines=engine == "tensorrt-rtx",
+        attention=attention == "engine",
     )
     signer = own_signer() if key is None else load_signer(key)
     with Bars(quiet=as_json) as bars:
@@ -75,17 +80,20 @@ def _shown(size: int) -> str:
     return gib(size) if size >= 10 << 20 else f"{size / 2**20:.1f} MiB"
 
 
-def _check(out: Path, engine: str, precision: str, embed: bool, weights: bool) -> None:
+def _check(
+    out: Path, engine: str, precision: str, embed: bool, weights: bool, attention: str
+) -> None:
     if engine not in _BESIDE:
         raise UsageError(f"engine {engine!r} does not exist; choose {', '.join(_BESIDE)}")
     if precision not in (*_PLAIN, "int8", "fp8"):
         known = ", ".join((*_PLAIN, "int8", "fp8"))
         raise UsageError(f"precision {precision!r} does not exist; choose {known}")
+    if attention not in _ATTENTION:
+        known = " or ".join(_ATTENTION)
+        raise UsageError(f"attention {attention!r} does not exist; choose {known}")
     if embed and not weights:
         raise UsageError("--embed puts weights into the graphs, --no-weights leaves them out")
     if out.exists():
         raise OutputError(f"{out} is there already (name a new folder or file)")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.absolute().parent} (make it first)")
-    if out.suffix.lower() == ".zip" and weights:
-        raise UsageError(f"{out} would hold weights, which are read from folders; leave .zip out")

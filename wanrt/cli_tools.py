@@ -6,7 +6,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from wanrt.engine.manifest import is_bundle
 from wanrt.errors import UsageError
 from wanrt.identity import identify
 from wanrt.loras import match
+from wanrt.quant.formats import PLAIN
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.layouts import Layout
@@ -26,7 +26,6 @@ from wanrt.weights.parts import find_parts
 from wanrt.weights.random import write_random
 
 _WIDE = 1000  # columns: nothing is cut off, the terminal wraps
-_OP_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8_scaled")
 
 
@@ -304,7 +303,7 @@ def ops(
     from wanrt.kernels import registry
     from wanrt.kernels.cases import dtypes_of
 
-    wanted = _OP_DTYPES[_one_of("dtype", dtype, tuple(_OP_DTYPES))]
+    wanted = PLAIN[_one_of("dtype", dtype, tuple(PLAIN))]
     backends = (*registry.BACKENDS, "onnx")
     table = Table("op", "of", *backends, box=None, pad_edge=False)
     for op in registry.OPS:

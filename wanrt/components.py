@@ -30,6 +30,7 @@ from wanrt.memory.prompt_cache import PromptCache
 from wanrt.memory.question import Lessons
 from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
+from wanrt.quant.formats import PLAIN
 from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, skeleton
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]  # phase, done, total
 
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
 
@@ -83,10 +83,10 @@ def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> 
         elif dit.precision in ("fp8", "fp8_scaled") and _multiplies_fp8(device):
             precision = "fp8"
     eight_bit = precision if precision in ("fp8", "int8") else None
-    if eight_bit is None and precision not in _DTYPES:
+    if eight_bit is None and precision not in PLAIN:
         choices = "auto, fp32, bf16, fp16, fp8 or int8"
         raise UsageError(f"precision {precision!r} does not exist; choose {choices}")
-    dtype = _DTYPES[plain if eight_bit else precision]
+    dtype = PLAIN[plain if eight_bit else precision]
     text = torch.bfloat16 if dtype == torch.float16 else dtype  # umT5 overflows in fp16
     cuda = device.type == "cuda"
     image = dtype if cuda else torch.float32
@@ -100,7 +100,7 @@ def engine_dtypes(engine: "Engine", native: Dtypes, asked: Precision) -> Dtypes:
         plain = engine.precisions(kind) - {"int8", "fp8"}
         if plain:
             (name,) = plain
-            changes[kind] = _DTYPES[name]
+            changes[kind] = PLAIN[name]
     eight = engine.precisions("dit") & {"int8", "fp8"}
     name = next(iter(eight or engine.precisions("dit") or {native.name}))
     if asked not in ("auto", name):
@@ -185,7 +185,8 @@ class Components:
     @cached_property
     def packed(self) -> PackedWeights | None:
         """Of transformers that GGUF files pack, where they stay so; reads headers."""
-        files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
+        known = self.parts.found
+        files = [known[name] for name in ("dit", "low_noise") if name in known]
         plain = self.dtypes.eight_bit is None and not self._serves("dit")
         return packed_weights(files, self.dtypes.dit) if plain else None
 
@@ -247,7 +248,7 @@ class Components:
             return None
         if folder is None or encoder is None or encoder.num_bytes < _WORTH_CACHING:
             return None
-        return PromptCache(folder / "prompts", encoder.path, self.dtypes.umt5)
+        return PromptCache(folder / "prompts", encoder.file, self.dtypes.umt5)
 
     def tokenizer(self) -> Tokenizer:
         """Of this text encoder, read once: it is not among the parts that make room for others."""
@@ -334,7 +335,7 @@ class Components:
                 self._loaded[name] = self.engine.attach(kind, module.requires_grad_(False))
                 return self._loaded[name]
             module = load_component(
-                getattr(self.parts, name),
+                self.parts.found[name],
                 kind,
                 dtype=dtype,
                 device=self.device,

@@ -121,7 +121,7 @@ class Pipeline:
 
             executor = opened.open_engine(engine, bundle, path, found, vram, model)
         if is_bundle(path):
-            parts = opened.model_in(path)
+            parts = opened.model_in(path, executor)
         else:
             own = {"text_encoder": text_encoder, "vae": vae, "clip": clip, "low_noise": low_noise}
             parts = find_parts(path, **own)

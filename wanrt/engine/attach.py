@@ -5,13 +5,14 @@ weights of the module that it stands for as they lie at each call: a block that 
 that was merged, needs no further word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from wanrt.engine.graphs import Graphs, Runner
+from wanrt.engine.memory import HALVES
 from wanrt.engine.vae import GraphVae
 from wanrt.errors import UsageError
 from wanrt.kernels.limits import PART_TOKENS
@@ -45,32 +46,43 @@ class Call:
     runner: Runner
     module: nn.Module
 
-    def __call__(
-        self, out: Mapping[str, Tensor] | None = None, **inputs: Tensor | None
-    ) -> dict[str, Tensor]:
+    def __call__(self, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Inputs are cast to what the graph takes; those that are None are left out."""
-        takes = self.runner.inputs
-        given = {name: w for name, w in self.module.named_parameters() if name in takes}
-        given |= {name: x.to(takes[name]) for name, x in inputs.items() if x is not None}
-        return self.runner(given, out)
+        return self._run(self._weights(), inputs)
 
     def by_token(self, **inputs: Tensor | None) -> dict[str, Tensor]:
         """The same for any number of tokens, so many at once as the graph takes."""
         x = inputs["x"]
         assert x is not None
         length = x.shape[1]
+        weights = self._weights()
         if length <= PART_TOKENS:
-            return self(**inputs)
+            return self._run(weights, inputs)
         whole: dict[str, Tensor] = {}
         for start in range(0, length, PART_TOKENS):
             rows = slice(start, min(start + PART_TOKENS, length))
             part = {name: _rows(name, tensor, rows) for name, tensor in inputs.items()}
-            made = self({name: y[:, rows] for name, y in whole.items()}, **part)
+            made = self._run(weights, part, {name: y[:, rows] for name, y in whole.items()})
             if not whole:
                 whole = {name: y.new_empty(1, length, *y.shape[2:]) for name, y in made.items()}
                 for name, y in made.items():
                     whole[name][:, rows] = y
         return whole
+
+    def _weights(self) -> dict[str, Tensor]:
+        """As they lie now; they stay there while their block computes, and no longer."""
+        takes = self.runner.inputs
+        return {name: w for name, w in self.module.named_parameters() if name in takes}
+
+    def _run(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor | None],
+        out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        takes = self.runner.inputs
+        given = {name: x.to(takes[name]) for name, x in inputs.items() if x is not None}
+        return self.runner({**weights, **given}, out)
 
 
 def _rows(name: str, tensor: Tensor | None, rows: slice) -> Tensor | None:
@@ -146,8 +158,9 @@ def _attach_dit(dit: WanDiT, graphs: Graphs) -> None:
 
 
 def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> None:
-    """In two parts around the native attention where the bundle has them, else whole.
+    """In two parts around the attention where the bundle has both, else whole.
 
+    Between the parts an engine attends, if the bundle has one, unless that is done in eight bits.
     Where blocks stream, keys and values of the conditions stay native: their weights come when the
     module that makes them is called.
     """
@@ -156,7 +169,7 @@ def _attach_block(block: Block, graphs: Graphs, index: int, streams: bool) -> No
         block.cross_attn.prepare = lambda context, image: CrossKV(
             *kv(context=context, image=image).values()
         )
-    if _has(graphs, "dit.pre", index):
+    if all(_has(graphs, half, index) for half in HALVES):
         _attach_parts(block, graphs, index)
     elif _has(graphs, "dit.block", index):
         _attach_whole(block, graphs, index)
@@ -189,6 +202,19 @@ def _attach_parts(block: Block, graphs: Graphs, index: int) -> None:
         return after.by_token(x=x, y=y.transpose(1, 2), **given)["out"]
 
     block.pre, block.post = pre, post
+    if graphs.has("dit.attention") and block.attend is block.ops.attention:
+        block.attend = _attention(graphs.get("dit.attention"))
+
+
+def _attention(runner: Runner) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Heads `[1, H, L, hd]` -> the same. It has no weights, and one serves all blocks."""
+    call = Call(runner, nn.Module())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = call(q=q.transpose(1, 2), k=k.transpose(1, 2), v=v.transpose(1, 2))["y"]
+        return y.transpose(1, 2)
+
+    return attend
 
 
 def _conditions(

@@ -24,9 +24,10 @@ from wanrt.engine.manifest import (
 )
 from wanrt.engine.onnx_check import check_self_contained
 from wanrt.engine.records import canonical
-from wanrt.engine.store import Folder, Store, open_store
+from wanrt.engine.store import Folder, Store, Zip, open_store
 from wanrt.engine.trust import MAX_SIGNATURE, Signer, signer_of, trusted_keys
 from wanrt.errors import FormatError, UsageError
+from wanrt.weights.stretch import Stretch
 
 MAX_MANIFEST = 1 << 20  # bytes
 MAX_READ = 1 << 30  # bytes of a member that `read` takes into memory
@@ -42,9 +43,14 @@ class Host(NamedTuple):
 
 
 class Bundle:
-    """`manifest`; `key`, who signed it (None: nobody, as only `look` allows); `read`, `verify`."""
+    """`read`, `locate` and `verify` its members.
 
-    def __init__(self, path: Path, store: Store, manifest: Manifest, key: str | None) -> None:
+    `manifest`; `key`, who signed it (None: nobody, as only `look` allows).
+    """
+
+    def __init__(
+        self, path: Path, store: Folder | Zip, manifest: Manifest, key: str | None
+    ) -> None:
         """For `open` and `look`. Raises FormatError where files and manifest differ."""
         self.path, self._store, self.manifest, self.key = path, store, manifest, key
         self._members = {member.name: member for member in manifest.members}
@@ -114,9 +120,15 @@ class Bundle:
                 self.check(name)
 
     def check(self, name: str) -> None:
-        """The size and SHA-256 of a member that is read by its path. Raises FormatError."""
+        """The size and SHA-256 of a member, without keeping it. Raises FormatError."""
         for _ in self._checked(self._members[name]):
             pass
+
+    def locate(self, name: str) -> Stretch:
+        """Where the bytes of a member lie, once they are those of the manifest: for weights, which
+        are read from the disk one by one. Raises FormatError."""
+        self.check(name)
+        return self._store.stretch(name)
 
     def engine_for(self, graph: str, host: Host) -> Engine:
         """The engine of a graph that was built for this very release and card.

@@ -10,6 +10,7 @@ from wanrt.memory.engine_bytes import EngineBytes, Side, VaeEngines
 from wanrt.vae_shapes import decoder_sections, encoder_sections
 
 EIGHT_BIT = frozenset({"int8", "fp8"})
+HALVES = frozenset({"dit.pre", "dit.post"})
 
 
 def engine_bytes(
@@ -34,9 +35,10 @@ def engine_bytes(
         told = f"{kind}{' ' + release if release else ''} on compute capability"
         reason = f"has no engine for {told} {shown_capability(card)}"
         raise FormatError(bundle.path, reason, "`wanrt bundle list` says what it has")
-    blocks = "halves" if "dit.pre" in found else "whole" if "dit.block" in found else "native"
-    idle = {"halves": {"dit.block"}, "whole": {"dit.post"}, "native": {"dit.post"}}[blocks]
-    idle |= {"dit.attention"}  # that of blocks in halves is native
+    blocks = "halves" if HALVES <= found.keys() else "whole" if "dit.block" in found else "native"
+    idle = {"dit.block"} if blocks == "halves" else set(HALVES)
+    if blocks != "halves" or _precisions(bundle.manifest) & EIGHT_BIT:
+        idle.add("dit.attention")  # it is in the block, or native
     return EngineBytes(
         blocks=blocks,
         step=_most(found, (name for name in found if _kind(name) == "dit" and name not in idle)),
@@ -60,13 +62,18 @@ def format_in(manifest: Manifest) -> str | None:
 
     The products of its blocks may be in eight bits, those beside them are not.
     """
-    held = {graph.precision for graph in manifest.graphs if _kind(graph.name) == "dit"}
+    held = _precisions(manifest)
     plain, eight = sorted(held - EIGHT_BIT), sorted(held & EIGHT_BIT)
     if not held:
         return None
     if not eight:
         return plain[0]
     return f"{eight[0]}/fp32" if plain == ["fp32"] else eight[0]
+
+
+def _precisions(manifest: Manifest) -> set[str]:
+    """Of the transformer's graphs."""
+    return {graph.precision for graph in manifest.graphs if _kind(graph.name) == "dit"}
 
 
 def _kind(graph: str) -> str:

@@ -1,6 +1,7 @@
 """A bundle opened for one executor and one device: which parts of a model it computes, and how."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -15,13 +16,13 @@ from wanrt.engine.manifest import Graph, Manifest, Model, is_bundle
 from wanrt.engine.memory import check_shapes, engine_bytes
 from wanrt.errors import FormatError, UsageError
 from wanrt.memory.engine_bytes import EngineBytes
-from wanrt.weights.detect import Detected
+from wanrt.weights.checkpoint import Checkpoint
+from wanrt.weights.detect import Detected, identify
 from wanrt.weights.names import Kind
-from wanrt.weights.parts import Parts, find_parts
+from wanrt.weights.parts import Parts, choose_parts
 
 EngineName = Literal["onnxruntime", "tensorrt-rtx"]
 KINDS: tuple[Kind, ...] = ("dit", "vae", "umt5", "clip")
-WEIGHTS = "weights"  # the folder of a bundle that is as a model's folder
 
 
 class Engine:
@@ -114,23 +115,31 @@ def open_engine(
     return Engine.open(name, path, device)
 
 
-def model_in(path: Path) -> Parts:
+def model_in(path: Path, engine: Engine) -> Parts:
     """The model that a bundle brings along, as weights or within its graphs.
 
-    Its members are hashed first. Raises FormatError where it has neither.
+    engine: what computes; where it is of the same bundle, that is open already. Members are hashed
+    before they are read. Raises FormatError where there is neither.
     """
-    bundle = Bundle.open(path)
+    bundle = engine.bundle if engine.bundle.path == path else Bundle.open(path)
     held = bundle.manifest
     embedded = bool(held.graphs) and all(graph.embedded for graph in held.graphs)
     if not held.weights and not embedded:
         fix = "give the model with --model and this with --bundle"
         raise FormatError(path, "is a bundle without weights", fix)
-    if not path.is_dir():
-        fix = "unpack it into a folder, or give --model and --bundle"
-        raise FormatError(path, "is a zip; weights are read from bundles that are folders", fix)
-    for member in (*held.weights, *([held.tokenizer] if held.tokenizer else [])):
-        bundle.check(member)
-    return find_parts(path / WEIGHTS) if held.weights else _embedded(bundle)
+    parts = _beside(bundle) if held.weights else _embedded(bundle)
+    if not held.tokenizer:
+        return parts
+    vocabulary = bundle.read(held.tokenizer)
+    return replace(parts, tokenizer=path / held.tokenizer, vocabulary=vocabulary)
+
+
+def _beside(bundle: Bundle) -> Parts:
+    """Parts that lie beside the graphs; of a zip, within it."""
+    places = {name: bundle.locate(name) for name in bundle.manifest.weights}
+    opened = (Checkpoint.open(bundle.path / name, place) for name, place in places.items())
+    found = [one for checkpoint in opened for one in identify(checkpoint)]
+    return choose_parts(bundle.path, found)
 
 
 def _embedded(bundle: Bundle) -> Parts:
@@ -145,8 +154,7 @@ def _embedded(bundle: Bundle) -> Parts:
     found = {
         kind: _detected(kind, specs[kind], bundle.path, held) for kind in KINDS if kind in kinds
     }
-    tokenizer = bundle.path / held.tokenizer if held.tokenizer else None
-    return Parts(**dict.fromkeys(found, bundle.path), tokenizer=tokenizer, found=found)
+    return Parts(**dict.fromkeys(found, bundle.path), found=found)
 
 
 def _detected(kind: Kind, spec: object, path: Path, manifest: Manifest) -> Detected:

@@ -12,6 +12,7 @@ from typing import BinaryIO, Protocol
 
 from wanrt.engine import zip_layout
 from wanrt.errors import FormatError
+from wanrt.weights.stretch import Stretch
 
 CHUNK = 1 << 20  # bytes read at once
 MAX_FOLDERS = 256
@@ -78,6 +79,10 @@ class Folder:
             reason = f"{name} cannot be read: {error.strerror or error}"
             raise FormatError(self.path, reason, _AGAIN) from error
 
+    def stretch(self, name: str) -> Stretch:
+        """Where its bytes lie."""
+        return Stretch(self.path / name, 0, self.sizes[name])
+
     def _check(self, name: str, state: os.stat_result) -> None:
         if stat.S_ISREG(state.st_mode) and state.st_nlink == 1:
             return
@@ -109,6 +114,10 @@ class Zip:
             raise FormatError(self.path, f"cannot be read: {error.strerror or error}") from error
         if crc != entry.crc:
             raise FormatError(self.path, f"{name} does not have the CRC of its header", _AGAIN)
+
+    def stretch(self, name: str) -> Stretch:
+        """Where its bytes lie: they are stored as they are."""
+        return Stretch(self.path, self.entries[name].begin, self.sizes[name])
 
 
 def _read(path: Path, name: str, file: BinaryIO, size: int) -> Iterator[bytes]:

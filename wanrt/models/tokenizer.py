@@ -93,6 +93,11 @@ class Tokenizer:
             data = path.read_bytes()
         except OSError as error:
             raise FormatError(path, f"cannot be read: {error.strerror}") from None
+        return cls.named(path, data)
+
+    @classmethod
+    def named(cls, path: Path, data: bytes) -> "Tokenizer":
+        """Of what a file with such a name holds."""
         build = cls.from_spiece if path.suffix == ".model" else cls.from_bytes
         return build(data, str(path))
 

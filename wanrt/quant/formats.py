@@ -1,4 +1,4 @@
-"""How a matrix product keeps its numbers in eight bits: every format that a Linear can have.
+"""How numbers are kept: the plain dtypes by name, and every eight-bit format of a Linear.
 
 A weight `[O, I]` has one fp32 scale for each output channel, `weight_scale` `[O, 1]`. Activations
 have one for each token where a norm makes them, and for each token and 128 columns elsewhere: the
@@ -8,6 +8,8 @@ kernel that makes those sees no whole row. The VAE's formats are in `conv_int8.p
 from dataclasses import dataclass
 
 import torch
+
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

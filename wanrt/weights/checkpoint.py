@@ -1,7 +1,7 @@
 """One view on stored tensors, whatever holds them: a file, shards with an index, or a folder."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from wanrt.errors import FormatError
 from wanrt.weights.gguf_file import JOIN, GgufFile
 from wanrt.weights.pickle_file import PickleFile
 from wanrt.weights.safetensors_file import MAX_HEADER, SafetensorsFile, TensorInfo
+from wanrt.weights.stretch import Stretch
 from wanrt.weights.strict_json import parse_json
 
 __all__ = ["Checkpoint", "TensorInfo", "is_weights", "weight_sets"]
@@ -34,18 +35,26 @@ class Checkpoint:
     file's, and numbers packed in blocks stay packed (`TensorInfo.packing`).
     """
 
-    def __init__(self, path: Path, container: str, parts: dict[str, File]) -> None:
+    def __init__(
+        self, path: Path, container: str, parts: dict[str, File], within: Stretch | None = None
+    ) -> None:
         """`parts`: stored name -> the file that holds it."""
-        self.path, self.container, self._parts = path, container, parts
+        self.path, self.container, self._parts, self.within = path, container, parts, within
         self.tensors: dict[str, TensorInfo] = {n: part.tensors[n] for n, part in parts.items()}
         self.metadata: dict[str, str] = {}
         for part in dict.fromkeys(parts.values()):
             self.metadata.update(part.metadata)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """path: a weight file, a `*.index.json`, or a folder with exactly one of either."""
+    def open(cls, path: str | Path, within: Stretch | None = None) -> "Checkpoint":
+        """path: a weight file, a `*.index.json`, or a folder with exactly one of either.
+
+        within: the safetensors file is there, and `path` is what it is called.
+        """
         path = Path(path)
+        if within is not None:
+            held = _opened(path, lambda: SafetensorsFile(path, within))
+            return cls(path, held.container, dict.fromkeys(held.tensors, held), within)
         if not path.exists():
             raise FormatError(path, "no such file or folder")
         if path.is_dir():
@@ -95,14 +104,18 @@ def _only_set(folder: Path) -> Path:
 def _open_file(path: Path) -> File:
     reader = _READERS.get(path.suffix)
     if reader is not None:
-        try:
-            return reader(path)
-        except OSError as error:
-            raise FormatError(path, f"cannot be read: {error.strerror}") from None
+        return _opened(path, lambda: reader(path))
     known = ", ".join((*_READERS, ".index.json"))
     raise FormatError(
         path, f"{path.suffix or 'a file without ending'} is unknown", f"known: {known}"
     )
+
+
+def _opened(path: Path, read: Callable[[], File]) -> File:
+    try:
+        return read()
+    except OSError as error:
+        raise FormatError(path, f"cannot be read: {error.strerror}") from None
 
 
 def _open_shards(index: Path) -> dict[str, File]:

@@ -30,7 +30,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, found: Detected, dtype: torch.dtype, check: bool) -> None:
         """`check`: each weight is looked at once, when it is first read."""
-        self.checkpoint = Checkpoint.open(found.path)
+        self.checkpoint = found.open()
         self.sources = match(module, self.checkpoint, found)
         check_formats(self.checkpoint)
         self.total = sum(self.num_bytes(name) for name in self.sources)

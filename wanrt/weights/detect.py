@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from wanrt.errors import FormatError
+from wanrt.quant.formats import PLAIN
 from wanrt.weights import names
 from wanrt.weights.checkpoint import Checkpoint, TensorInfo, weight_sets
 from wanrt.weights.gguf_file import type_counts
@@ -18,6 +19,7 @@ from wanrt.weights.names import Component, Source, Translation
 from wanrt.weights.quantised import FP8, SCALES
 from wanrt.weights.safetensors_file import MAX_HEADER
 from wanrt.weights.specs import READERS, Config, Spec, contradiction
+from wanrt.weights.stretch import Stretch
 from wanrt.weights.strict_json import parse_json
 from wanrt.weights.titles import title_of
 
@@ -31,7 +33,7 @@ KIND_NAMES = {
 }
 Layout = Literal["original", "diffusers", "comfyui", "llama.cpp"]
 UNREADABLE = "unreadable"  # title of a broken file
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS = {dtype: name for name, dtype in PLAIN.items()}
 _COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 _COMFY_MARKS = ("spiece_model", "scaled_fp8", "comfy_quant")
 # Relatives with modules of their own, as ComfyUI's `comfy/model_detection.py` tells them apart.
@@ -65,6 +67,16 @@ class Detected:
     num_params: int = 0
     num_bytes: int = 0
     note: str = ""
+    within: Stretch | None = None  # the file is there, and `path` is what it is called
+
+    @property
+    def file(self) -> Path:
+        """What lies on the disk."""
+        return self.path if self.within is None else self.within.file
+
+    def open(self) -> Checkpoint:
+        """Reads its header once more. Raises FormatError."""
+        return Checkpoint.open(self.path, self.within)
 
     def __str__(self) -> str:
         return f"{self.title}, {KIND_NAMES[self.kind]}" if self.spec else self.title
@@ -149,6 +161,7 @@ def _detect(checkpoint: Checkpoint, component: Component, others: list[Component
     common = {
         "path": path,
         "container": checkpoint.container,
+        "within": checkpoint.within,
         "layout": _layout(component, checkpoint),
         "precision": precision,
         "num_params": sum(info.numel for info in stored),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wanrt.config import ClipSpec, VaeSpec, WanSpec
+from wanrt.quant.formats import PLAIN
 from wanrt.weights import configs
 from wanrt.weights.load import skeleton
 from wanrt.weights.names import Kind, Source, to_diffusers
@@ -35,7 +36,6 @@ Values = Callable[
     [Part, str, tuple[int, ...], torch.dtype], Tensor
 ]  # original name, shape -> tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RELEASED: dict[Layout, dict[Kind, Precision]] = {
     "original": {"dit": "fp32", "vae": "fp32", "umt5": "bf16", "clip": "fp16"},
     "diffusers": {"dit": "fp32", "vae": "fp32", "umt5": "bf16", "clip": "fp32"},
@@ -145,7 +145,7 @@ def _pieces(
     """Everything one file holds, under the names that the layout gives it."""
     precision = precision or RELEASED[layout][file.kind]
     fp8 = precision.startswith("fp8") and file.kind in ("dit", "umt5")
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = PLAIN.get(precision, torch.float16)
     shapes = _shapes(file.kind, file.spec)
     sources = {name: Source((name,)) for name in shapes}
     if layout == "diffusers" or (layout == "comfyui" and file.kind in ("umt5", "clip")):

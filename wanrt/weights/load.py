@@ -21,6 +21,7 @@ from wanrt.models.layers import choose
 from wanrt.quant.policy import EightBit
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.contents import Weights
+from wanrt.weights.detect import Detected
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import find_component
 from wanrt.weights.specs import Spec
@@ -35,7 +36,7 @@ Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
 
 def load_component(
-    path: str | Path,
+    path: str | Path | Detected,
     kind: Kind,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -49,6 +50,7 @@ def load_component(
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
+    path: where it lies, or what was found there before.
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
     `eight_bit`: a transformer's products and attention become int8 or fp8, as `quant/policy.py`
     has it; weights that are stored in that very format are taken as they are.
@@ -61,7 +63,7 @@ def load_component(
     Peak: the model and 8 MiB; on a device, one tensor on the CPU.
     """
     device = torch.device(device)
-    found = find_component(Path(path), kind)
+    found = path if isinstance(path, Detected) else find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
     weights = Weights(module, found, dtype, check)
     if eight_bit is not None:

@@ -1,19 +1,17 @@
 """What a transformer takes in memory while its matrices stay as a GGUF file packs them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from wanrt.memory.offload import lay_out
 from wanrt.memory.packed_bytes import PackedWeights
-from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.contents import Weights
+from wanrt.weights.detect import Detected
 from wanrt.weights.load import skeleton
-from wanrt.weights.parts import find_component
 
 
-def packed_weights(files: Sequence[Path], dtype: torch.dtype) -> PackedWeights | None:
+def packed_weights(files: Sequence[Detected], dtype: torch.dtype) -> PackedWeights | None:
     """Of one transformer, or of two experts the more of each; None where one packs nothing.
 
     dtype: of its products. Reads headers. Raises FormatError.
@@ -31,10 +29,9 @@ def packed_weights(files: Sequence[Path], dtype: torch.dtype) -> PackedWeights |
     )
 
 
-def _packed(file: Path, dtype: torch.dtype) -> PackedWeights | None:
+def _packed(found: Detected, dtype: torch.dtype) -> PackedWeights | None:
     """As `load_component` lays it out where blocks stream."""
-    found = find_component(file, "dit")
-    if not any(info.packing for info in Checkpoint.open(found.path).tensors.values()):
+    if not any(info.packing for info in found.open().tensors.values()):
         return None
     module = skeleton("dit", found.spec, dtype=dtype)
     plain = {name: weight.numel() for name, weight in module.named_parameters()}

@@ -5,7 +5,7 @@ it is called. Names only decide between equals: the two experts of Wan2.2 A14B.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wanrt.config import DitSpec
@@ -38,6 +38,7 @@ class Parts:
     umt5: Path | None = None
     clip: Path | None = None
     tokenizer: Path | None = None  # tokenizer.json or spiece.model; else umt5 may hold it
+    vocabulary: bytes | None = None  # what it holds, where it was read already
     found: dict[str, Detected] = field(default_factory=dict)  # field name above -> what it is
 
     def require(self, *kinds: Kind) -> None:
@@ -65,7 +66,22 @@ def find_parts(
     one is left, FormatError lists them. A part may be missing, unless a broken file may be it.
     """
     model = Path(model)
-    found = _look(model)
+    chosen = choose_parts(
+        model, _look(model), text_encoder=text_encoder, vae=vae, clip=clip, low_noise=low_noise
+    )
+    return replace(chosen, tokenizer=_tokenizer(model, chosen.umt5))
+
+
+def choose_parts(
+    model: Path,
+    found: list[Detected],
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    clip: str | Path | None = None,
+    low_noise: str | Path | None = None,
+) -> Parts:
+    """The same, of what was found in `model`; without a tokenizer."""
     if all(d.kind in ("lora", "unknown") for d in found):
         known = "; ".join(f"{d.path.name}: {d.title} {d.note}".strip() for d in found[:5])
         raise FormatError(model, "holds no part of a Wan model", known or "no weights at all")
@@ -84,7 +100,7 @@ def find_parts(
             _blame_unreadable(found, kind)
     present = {name: detected for name, detected in chosen.items() if detected}
     paths = {name: detected.path for name, detected in present.items()}
-    return Parts(**paths, tokenizer=_tokenizer(model, paths.get("umt5")), found=present)
+    return Parts(**paths, found=present)
 
 
 def find_component(path: Path, kind: Kind) -> Detected:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wanrt.errors import FormatError
 from wanrt.quant.gguf_blocks import BlockFormat
+from wanrt.weights.stretch import Stretch
 from wanrt.weights.strict_json import AGAIN, parse_json
 
 MAX_HEADER = 8 * 2**20  # bytes; the largest released Wan header is a few hundred KiB
@@ -75,10 +76,16 @@ class SafetensorsFile:
 
     container = "safetensors"
 
-    def __init__(self, path: Path) -> None:
-        """Reads the header only. Raises FormatError for anything that is not in order."""
+    def __init__(self, path: Path, within: Stretch | None = None) -> None:
+        """Reads the header only. Raises FormatError for anything that is not in order.
+
+        within: where its bytes are, if `path` is its name inside another file.
+        """
         self.path = path
-        header, data_start = _read_header(path)
+        place = within or Stretch.whole(path)
+        self._file = place.file
+        header, length = _read_header(path, place)
+        data_start = place.begin + length
         self.metadata = _metadata(path, header.pop("__metadata__", {}))
         entries = {name: _entry(path, name, value) for name, value in header.items()}
         self._begin: dict[str, int] = {}
@@ -86,7 +93,7 @@ class SafetensorsFile:
         for name, (info, begin, _) in sorted(entries.items(), key=lambda item: item[1][1:]):
             self.tensors[name] = info
             self._begin[name] = data_start + begin
-        _check_ranges(path, entries, path.stat().st_size - data_start)
+        _check_ranges(path, entries, place.size - length)
 
     def read(self, name: str, rows: range | None = None, buffer: Tensor | None = None) -> Tensor:
         """The tensor or some rows of it, as stored, in fresh memory or in `buffer` (uint8)."""
@@ -94,7 +101,7 @@ class SafetensorsFile:
         if rows is not None:
             begin += rows.start * (info.num_bytes // info.shape[0])
             info = replace(info, shape=(len(rows), *info.shape[1:]))
-        raw = read_bytes(self.path, name, begin, info.num_bytes, buffer)
+        raw = read_bytes(self._file, name, begin, info.num_bytes, buffer)
         return raw.view(info.dtype).view(info.shape)
 
 
@@ -114,11 +121,12 @@ def read_bytes(path: Path, name: str, begin: int, size: int, buffer: Tensor | No
     return raw
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The parsed header and the file position of the first tensor byte."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
+def _read_header(path: Path, place: Stretch) -> tuple[dict[str, Any], int]:
+    """The parsed header and how many bytes stand before the first tensor."""
+    size = place.size
+    with open(place.file, "rb") as file:
+        file.seek(place.begin)
+        start = file.read(min(8, size))
         for magic, meaning in _IMPOSTORS.items():
             if start.startswith(magic):
                 raise FormatError(path, meaning, "get the real file")

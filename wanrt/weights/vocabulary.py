@@ -12,6 +12,8 @@ def read_tokenizer(parts: Parts) -> Tokenizer:
 
     Raises FormatError. A SentencePiece model takes most of a second.
     """
+    if parts.tokenizer is not None and parts.vocabulary is not None:
+        return Tokenizer.named(parts.tokenizer, parts.vocabulary)
     if parts.tokenizer is not None:
         return Tokenizer.load(parts.tokenizer)
     parts.require("umt5")
