@@ -22,7 +22,7 @@ from wanrt.memory.engine_bytes import VaeEngines, coder_bytes, step_activations
 from wanrt.memory.measure import LiveBytes
 from wanrt.models.dit import CrossKV, TextCache, WanDiT
 from wanrt.models.vae import WanVAE
-from wanrt.vae_shapes import Section, decoder_sections, encoder_sections
+from wanrt.vae_sections import Section, decoder_sections, encoder_sections
 
 SHARE = 0.05  # by which a plan may be more than what is traced; it is never less
 WORKSPACE = 1 << 20  # bytes of every engine here

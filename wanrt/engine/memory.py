@@ -7,7 +7,7 @@ from wanrt.engine.bundle import Bundle, shown_capability
 from wanrt.engine.manifest import EngineKind, Manifest, Model
 from wanrt.errors import FormatError
 from wanrt.memory.engine_bytes import EngineBytes, Side, VaeEngines
-from wanrt.vae_shapes import decoder_sections, encoder_sections
+from wanrt.vae_sections import decoder_sections, encoder_sections
 
 EIGHT_BIT = frozenset({"int8", "fp8"})
 

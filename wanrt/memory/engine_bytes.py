@@ -12,7 +12,7 @@ from wanrt.config import DitSpec, VaeSpec
 from wanrt.kernels.limits import PART_TOKENS
 from wanrt.memory.dit_bytes import Tokens, head_bytes, prepare_bytes
 from wanrt.memory.vae_bytes import VaeBytes
-from wanrt.vae_shapes import Section, decoder_sections, encoder_sections
+from wanrt.vae_sections import Section, decoder_sections, encoder_sections
 
 _FP32 = 4
 Side = Literal["encode", "decode"]
