@@ -79,20 +79,28 @@ def encoder_sections(spec: VaeSpec) -> tuple[Section, ...]:
 
 
 def _decoder_groups(spec: VaeSpec) -> Iterator[_Group]:
+    """The last doubling of the frames ends a section; that of the sides, unless a shortcut leads
+    past both, belongs to the next."""
     stages = decoder_stages(spec)
     width = stages[0].widths[0]
     yield _Group(spec.z_dim, [Slot(spec.z_dim, 2, 1), *[Slot(width, 2, 1)] * 4], 1, 1, False)
     last = max((i for i, stage in enumerate(stages) if stage.mode == "upsample3d"), default=-1)
     frames, scale = 1, 1
+    given: tuple[int, int] | None = None  # channels and scale of what enters before a doubling
     for i, stage in enumerate(stages):
+        doubles = stage.mode == "upsample3d"
         groups = _blocks(stage, scale, apart=i > last and not (spec.residual and stage.mode))
-        if stage.mode == "upsample3d":
+        if doubles:
             groups[-1][1].append(Slot(stage.widths[-1], 2, scale, late=True))
         if stage is stages[-1]:
-            groups[-1][1].append(Slot(stage.out, 2, scale))
+            groups.append((stage.out, [Slot(stage.out, 2, scale)]))
         for channels, slots in groups:
-            yield _Group(channels, slots, scale, frames, i > last, stage.mode == "upsample3d")
-        frames *= 2 if stage.mode == "upsample3d" else 1
+            entering = given or (channels, scale)
+            yield _Group(entering[0], slots, entering[1], frames, i > last, doubles)
+            given = None
+        if i == last and not spec.residual:
+            given = stage.widths[-1], scale
+        frames *= 2 if doubles else 1
         scale *= 2 if stage.mode else 1
 
 

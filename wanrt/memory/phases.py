@@ -16,14 +16,7 @@ from wanrt.memory.dit_bytes import (
     latent_bytes,
     text_cache_bytes,
 )
-from wanrt.memory.engine_bytes import (
-    NATIVE,
-    EngineBytes,
-    Side,
-    VaeEngines,
-    coder_bytes,
-    step_activations,
-)
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes, step_activations
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import (
     Ask,
@@ -43,6 +36,7 @@ from wanrt.memory.text_bytes import (
 )
 from wanrt.memory.vae_bytes import decode_bytes, encode_bytes
 from wanrt.memory.vae_costs import decode_operations, vae_weights
+from wanrt.memory.vae_engine_bytes import Side, VaeEngines, coder_bytes
 from wanrt.vae_shapes import decoder_bands
 
 _LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
@@ -216,7 +210,9 @@ def _vae_options(
     machine: Machine,
     engines: VaeEngines | None,
 ) -> Iterator[Option]:
-    """Engines code whole frames; what asks for less at once is done by the VAE's modules."""
+    """What asks for less at once than engines do is done by the VAE's modules, and so is a size
+    that no engine takes."""
+    engines = (engines and engines.of(ask.height, ask.width)) or None
     for work in _works(spec, ask, machine):
         if engines is None or work.frames is not None:
             yield _vae_option(side, spec, ask, form, machine, work)
@@ -260,9 +256,10 @@ def _vae_option(
     if engines is None:
         need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
         need = need_of(vae, *size, element, work, machine.backend)
+        moved = need.host
     else:
         coded = (*size, ask.num_frames, element, work.host)
-        need, workspace = coder_bytes(vae, name, *coded, engines)
+        need, workspace, moved = coder_bytes(vae, name, *coded, engines)
     given = {
         "encode": 3 * ask.num_frames * ask.width * ask.height,
         "decode": vae.z_dim * chunks * rows * columns,
@@ -273,7 +270,7 @@ def _vae_option(
     repeated = sum(given_rows) / rows  # every row once, and the halos
     seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
     if work.host:
-        seconds += 2 * chunks * need.host / machine.copy / repeated
+        seconds += 2 * chunks * moved / machine.copy / repeated
     phase = Phase(
         name,
         weights=vae_weights(vae) * element,

@@ -1,6 +1,6 @@
 """The stages of both Wan VAEs, assembled into encoder and decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from wanrt.models.vae_layers import (
     number_slots,
 )
 from wanrt.vae_shapes import Stage, decoder_stages, encoder_stages
+
+Layer = Callable[[Tensor, Walk], Tensor]
 
 
 class Encoder(nn.Module):
@@ -44,7 +46,7 @@ class Encoder(nn.Module):
         return [*self.middle, self.head]
 
     @property
-    def sections(self) -> list[list[nn.Module]]:
+    def sections(self) -> list[list[Layer]]:
         """The layers as `vae_sections.encoder_sections` cuts them."""
         layers = self.local_layers
         change = next((i for i, layer in enumerate(layers) if _changes_time(layer)), len(layers))
@@ -71,13 +73,16 @@ class Decoder(nn.Module):
         self.num_slots = number_slots(self)
 
     @property
-    def sections(self) -> list[list[nn.Module]]:
+    def sections(self) -> list[list[Layer]]:
         """The layers as `vae_sections.decoder_sections` cuts them."""
         layers = [*self.upsamples, self.head]
-        if isinstance(last := self.upsamples[-1], UpStage):  # without a shortcut
-            layers[-2:-1] = last.upsamples
+        if isinstance(stage := self.upsamples[-1], UpStage):  # without a shortcut
+            layers[-2:-1] = stage.upsamples
         free = _behind_doubling(layers)
         before, after = _by_size(layers[:free]), _by_block(layers[free:])
+        if before and isinstance(last := before[-1][-1], Resample):
+            before[-1][-1] = last.double
+            after[0].insert(0, last.enlarge)
         return [[self.conv1, *self.middle], *before, *after]
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
@@ -115,9 +120,9 @@ def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Ten
     return torch.cat(results, 2)
 
 
-def _by_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
+def _by_size(layers: list[nn.Module]) -> list[list[Layer]]:
     """Layers in groups that end where the size changes."""
-    groups: list[list[nn.Module]] = []
+    groups: list[list[Layer]] = []
     ended = True
     for layer in layers:
         groups += [[]] if ended else []
@@ -126,12 +131,13 @@ def _by_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
     return groups
 
 
-def _by_block(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Layers in groups, each with one residual block, or one stage that has a shortcut."""
-    groups: list[list[nn.Module]] = []
+def _by_block(layers: list[nn.Module]) -> list[list[Layer]]:
+    """Layers in groups, each with one residual block, or one stage that has a shortcut, or the
+    head."""
+    groups: list[list[Layer]] = []
     full = True
     for layer in layers:
-        block = isinstance(layer, ResidualBlock | DownStage | UpStage)
+        block = isinstance(layer, ResidualBlock | DownStage | UpStage | Head)
         if not groups or (block and full):
             groups.append([])
             full = False
