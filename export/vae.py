@@ -108,7 +108,8 @@ def _part(vae: WanVAE, run: _Run, dtype: torch.dtype) -> Part:
     given = () if run.first else tuple(_caches(run, vae.spec, dtype))
     names = (_result(run), *(f"kept.{number}" for number in run.kept))
     inputs = (_given(run, vae.spec, dtype), *given)
-    return Part(run.name, vae, call, inputs, names, homes=("",))
+    graph = run.name.removesuffix(f".{run.sizes.name}") if run.sizes else ""
+    return Part(run.name, vae, call, inputs, names, homes=("",), graph=graph)
 
 
 def _through(vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk) -> Tensor:

@@ -129,6 +129,19 @@ def test_bf16_passes_the_checker() -> None:
     assert not any("upsamples" in name or "encoder" in name for name in dtypes)
 
 
+def test_ranges_are_one_graph() -> None:
+    """For which the builder makes an engine each."""
+    vae = parts.empty(SPECS["2.1-short"], torch.bfloat16)
+    made = {part.name: part for part in parts.parts(vae, torch.bfloat16)}
+    graphs = {onnx.serialise(onnx.trace(made[f"vae.decode.4.frame.{r.name}"])) for r in RANGES}
+    assert len(graphs) == 1
+    assert {made[f"vae.decode.4.frame.{r.name}"].graph for r in RANGES} == {"vae.decode.4.frame"}
+    assert made["vae.decode.step"].graph == ""
+    for sizes in RANGES:
+        x, cache = made[f"vae.decode.4.frame.{sizes.name}"].inputs
+        assert x.most[3:] == cache.most[3:] == (sizes.height, sizes.width)
+
+
 @pytest.mark.slow
 def test_the_decoder_of_wan21_at_its_real_widths() -> None:
     spec = MODELS["wan2.1-t2v-1.3b"].vae
