@@ -236,6 +236,47 @@ def test_what_an_engine_refuses() -> None:
         GraphVae(vae, less).decode(latents)
 
 
+class Named:
+    """Graphs that there are by their names alone."""
+
+    def __init__(self, *sizes: str) -> None:
+        self._sizes = sizes
+        self.asked: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self._sizes
+
+    def get(self, name: str) -> OrtRunner:
+        self.asked.append(name)
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "there", "taken"),
+    [
+        (90, 160, "wide tall any", "wide"),
+        (160, 90, "wide tall any", "tall"),
+        (60, 104, "wide tall any", "wide"),
+        (90, 160, "tall any", "any"),
+        (91, 160, "wide tall any", "any"),
+        (120, 120, "wide tall any", "any"),
+        (90, 162, "wide tall any", None),
+        (160, 90, "wide", None),
+    ],
+)
+def test_the_narrowest_range_that_has_the_size(
+    rows: int, columns: int, there: str, taken: str | None
+) -> None:
+    """Latents without data; where no range has it, the modules take over."""
+    graphs = Named(*there.split())
+    with torch.device("meta"):
+        engine = GraphVae(WanVAE(SPECS["2.1"]), graphs)
+        latents = torch.empty(1, 16, 1, rows, columns)
+        with pytest.raises(KeyError if taken else UsageError, match=None if taken else "larger"):
+            engine.decode(latents)  # the modules have no weights and say so
+    assert graphs.asked == ([f"vae.decode.0.frame.{taken}"] if taken else [])
+
+
 class Embedded(TracedGraphs):
     """Graphs with one model's weights within."""
 
