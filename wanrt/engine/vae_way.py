@@ -52,17 +52,13 @@ class Side:
 
     def cut(self, sizes: Range) -> tuple[Run, ...]:
         """A graph of each section, for the sizes of a range."""
-        runs = [
-            Run(f"vae.{self.name}.{i}", "x", "y", *_place(section), f".{sizes.name}")
-            for i, section in enumerate(self.sections)
-        ]
+        runs = []
+        for i, (_, _, times, scale, slots, single) in enumerate(self.sections):
+            name, suffix = f"vae.{self.name}.{i}", f".{sizes.name}"
+            runs.append(Run(name, "x", "y", scale, slots, single, times, suffix))
         runs[0] = runs[0]._replace(given=self.given, scale=self.scale)
         runs[-1] = runs[-1]._replace(result=self.result)
         return tuple(runs)
-
-
-def _place(section: Section) -> tuple[int, Mapping[int, Slot], bool, int]:
-    return section.scale, section.slots, section.single, section.times
 
 
 class Past:

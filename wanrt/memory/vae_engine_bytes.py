@@ -99,12 +99,10 @@ def coder_bytes(
     runs = _runs(spec, side, height, width, element)
     held = sum(run.caches for run in runs)
     largest = max(run.largest for run in runs)
-    if cut:
-        (workspace,) = engines.sections.values()
-        legs = _legs(runs)
-    else:
-        assert engines.whole is not None, f"{engines=}"
-        workspace, legs = engines.whole, _legs(runs)
+    legs = _legs(runs)
+    workspace = min(engines.sections.values()) if cut else engines.whole
+    assert workspace is not None, f"{engines=}"
+    if not cut:
         legs = [_Leg([_Run(legs[0].given, legs[-1].made, held, largest)])]
     copies = 2 if host else 1  # of the running section's caches, beside those that wait
     if side == "decode":
