@@ -102,8 +102,7 @@ def coder_bytes(
     legs = _legs(runs)
     workspace = min(engines.sections.values()) if cut else engines.whole
     assert workspace is not None, f"{engines=}"
-    if not cut:
-        legs = [_Leg([_Run(legs[0].given, legs[-1].made, held, largest)])]
+    legs = legs if cut else [_Leg([_Run(legs[0].given, legs[-1].made, held, largest)])]
     copies = 2 if host else 1  # of the running section's caches, beside those that wait
     if side == "decode":
         frames = legs[-1].made
