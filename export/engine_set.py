@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from wanrt import config
+from wanrt import config, vae_sections, vae_shapes
 from wanrt.engine.manifest import Input
 from wanrt.errors import FormatError
 from wanrt.export import onnx, trt
@@ -72,6 +72,7 @@ def build_set(
     """
     done, sources = _read(folder), source_digest()
     found: list[Record] = []
+    traced = Traced()
     with ThreadPoolExecutor(workers) as pool:
         pending: list[Future[Record]] = []
         for job in todo:
@@ -82,13 +83,26 @@ def build_set(
             if all(one and one.sources == sources and _holds(folder, one) for one in kept):
                 found += [one for one in kept if one]
                 continue
-            model = job.trace()
+            model = traced.of(job)
             graph, inputs = onnx.serialise(model), inputs_of(model, job.part)
             for card, old in zip(cards_for(job.precision), kept, strict=True):
                 work = _Work(folder, job, graph, inputs, card, sources)
                 pending.append(pool.submit(work.record, old, report))
         found += [one.result() for one in pending]
     return found
+
+
+class Traced:
+    """The graph of the last job: the next one may differ in the ranges of its sizes alone."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[str, str, str], onnx.Model] | None = None
+
+    def of(self, job: Job) -> onnx.Model:
+        key = job.model, job.precision, job.part.graph or job.part.name
+        if self._last is None or self._last[0] != key:
+            self._last = key, job.trace()
+        return self._last[1]
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,11 @@ def release() -> str:
 def source_digest() -> str:
     """Of all that decides how graphs look: our sources and the versions of what traces them."""
     here = Path(__file__).parent
-    files = [Path(str(config.__file__)), *(here / f"{name}.py" for name in _TRACING)]
+    shapes = (config, vae_sections, vae_shapes)
+    files = [
+        *(Path(str(module.__file__)) for module in shapes),
+        *(here / f"{name}.py" for name in _TRACING),
+    ]
     for module in (onnx_ops, formats, layers):
         files += sorted(Path(str(module.__file__)).parent.glob("*.py"))
     digest = hashlib.sha256(repr(LARGEST).encode())

@@ -76,7 +76,8 @@ class Part:
     `module` may be on the meta device: only the shapes and dtypes of its weights count. Its ops are
     the ones of ONNX. Weights have the names that they have in it; those that the function does not
     use are left out. `homes` are the modules of the model that the graph serves:
-    one, or one after the other where they are alike; "" is the model itself.
+    one, or one after the other where they are alike; "" is the model itself. Parts with the same
+    `graph` differ in the ranges of their sizes alone; "" is a graph of its own.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Part:
     inputs: tuple[Value, ...]
     outputs: tuple[str, ...]
     homes: tuple[str, ...]
+    graph: str = ""
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers, by the names of the graph's inputs."""

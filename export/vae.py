@@ -5,12 +5,14 @@
     vae.encode.first    frames (one) -> latents and what is kept
     vae.encode.step     frames (four) and what was kept -> latents and what is kept now
 
-Each is there as a whole and, as `vae.decode.{i}.first` and so on, cut where the size changes
-(`vae_shapes.decoder_sections`), so that few caches need be there twice. Slot n of the state enters
-as `cache.{n}` and leaves as `kept.{n}`; zeros stand for a past that there is not.
+Each is there as a whole and, as `vae.decode.{i}.first.wide` and so on, cut into sections
+(`vae_sections`) so that few caches need be there twice, for the sizes of each range. Sections whose
+frames go one by one have one graph, `vae.decode.{i}.frame.wide`. Slot n of the state enters as
+`cache.{n}` and leaves as `kept.{n}`; zeros stand for a past that there is not.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -21,12 +23,12 @@ from wanrt.export.part import Axis, Multiple, Part, Value, cast
 from wanrt.kernels import registry
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import CausalState, VaeOps, Walk
-from wanrt.vae_shapes import Section, decoder_sections, encoder_sections
+from wanrt.vae_sections import RANGES, Range, Section, decoder_sections, encoder_sections
 
 _NO_ONNX = ("causal_conv3d_int8",)  # graphs are quantised after they are made
 FP32 = torch.float32
-BEST = {1: (480, 832), 2: (704, 1280)}  # pixels, by patch: what engines are to be fastest at
-MAX_SIDE = 1280  # pixels; the largest size of the released models is 1280x720
+# Pixels, by patch: what engines are to be fastest at, unless their range is narrower.
+BEST = {1: (480, 832), 2: (704, 1280)}
 
 
 class _Run(NamedTuple):
@@ -39,7 +41,8 @@ class _Run(NamedTuple):
     start: int  # the number of the first of them
     begins: bool  # it takes what the caller gives
     ends: bool  # it gives what the caller wants
-    scale: int  # of the smallest frames in it; they may have any size
+    scale: int = 1  # of the smallest frames in it; they may have any size
+    sizes: Range | None = None  # but are of these
 
     @property
     def slots(self) -> list[int]:
@@ -53,21 +56,27 @@ class _Run(NamedTuple):
 
 
 def parts(vae: WanVAE, dtype: torch.dtype) -> Iterator[Part]:
-    """Every graph of a VAE that has the ops of ONNX; `dtype` is that of its weights and caches."""
+    """Every graph of a VAE that has the ops of ONNX; `dtype` is that of its weights and caches.
+
+    Those that differ in their range alone follow each other, and are one graph.
+    """
     for side in ("decode", "encode"):
-        cut = (decoder_sections if side == "decode" else encoder_sections)(vae.spec)
-        ways = [(f"vae.{side}", cut, 0, True, True, 1)]
+        decodes = side == "decode"
+        cut = (decoder_sections if decodes else encoder_sections)(vae.spec)
+        for when in ("first", "step"):
+            name = f"vae.{side}.{when}"
+            yield _part(vae, _Run(name, decodes, when == "first", cut, 0, True, True), dtype)
         for i, section in enumerate(cut):
+            place = (section,), i, i == 0, i == len(cut) - 1
             scale = min(near.scale for near in cut[i : i + 2])
-            ways.append((f"vae.{side}.{i}", (section,), i, i == 0, i == len(cut) - 1, scale))
-        for name, sections, *place in ways:
-            for first in (True, False):
-                full = f"{name}.{'first' if first else 'step'}"
-                yield _part(vae, _Run(full, side == "decode", first, sections, *place), dtype)
+            for when, sizes in product(section.graphs, RANGES):
+                name = f"vae.{side}.{i}.{when}.{sizes.name}"
+                run = _Run(name, decodes, when == "first", *place, scale, sizes)
+                yield _part(vae, run, dtype)
 
 
 def is_section(part: Part) -> bool:
-    """Whether it is a piece of a step, as `vae.decode.0.first`."""
+    """Whether it is a piece of a step, as `vae.decode.1.first.wide`."""
     return part.name.split(".")[2].isdigit()
 
 
@@ -99,7 +108,8 @@ def _part(vae: WanVAE, run: _Run, dtype: torch.dtype) -> Part:
     given = () if run.first else tuple(_caches(run, vae.spec, dtype))
     names = (_result(run), *(f"kept.{number}" for number in run.kept))
     inputs = (_given(run, vae.spec, dtype), *given)
-    return Part(run.name, vae, call, inputs, names, homes=("",))
+    graph = run.name.removesuffix(f".{run.sizes.name}") if run.sizes else ""
+    return Part(run.name, vae, call, inputs, names, homes=("",), graph=graph)
 
 
 def _through(vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, walk: Walk) -> Tensor:
@@ -116,7 +126,8 @@ def _through(vae: WanVAE, run: _Run, layers: Sequence[nn.Module], x: Tensor, wal
 def _given(run: _Run, spec: VaeSpec, dtype: torch.dtype) -> Value:
     """What enters: latents, frames, or `x` from the section before."""
     section = run.sections[0]
-    frames = 1 if run.first else section.frames
+    whole = run.begins and run.ends
+    frames = 1 if run.first else section.frames * (section.times if whole else 1)
     if not run.begins:
         return Value("x", dtype, (1, section.channels, frames, *_size(run, spec, section.scale)))
     if run.decodes:
@@ -139,12 +150,12 @@ def _caches(run: _Run, spec: VaeSpec, dtype: torch.dtype) -> Iterator[Value]:
 
 def _size(run: _Run, spec: VaeSpec, scale: int) -> tuple[Axis | Multiple, ...]:
     """Height and width at so many times those of the latents."""
+    most = run.sizes or RANGES[-1]
+    best = BEST[spec.patch] if most == RANGES[-1] else most[1:]
     sizes: list[Axis | Multiple] = []
-    for name, pixels, more in zip(("h", "w"), BEST[spec.patch], (1, 3), strict=True):
-        low, best, high = (
-            side * run.scale
-            for side in (2, pixels // spec.spatial_stride, MAX_SIDE // spec.spatial_stride)
-        )
-        axis, factor = Axis(name, low, best, high, trace=low + more), scale // run.scale
+    for name, *pixels, more in zip("hw", best, most[1:], (1, 3), strict=True):
+        opt, high = (side // spec.spatial_stride * run.scale for side in pixels)
+        low = 2 * run.scale
+        axis, factor = Axis(name, low, opt, high, trace=low + more), scale // run.scale
         sizes.append(axis if factor == 1 else Multiple(axis, factor))
     return tuple(sizes)

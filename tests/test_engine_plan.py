@@ -18,11 +18,12 @@ from wanrt.engine.trt_place import Workspace
 from wanrt.engine.vae import GraphVae
 from wanrt.export.part import cast
 from wanrt.memory.dit_bytes import Tokens, count_tokens, latent_bytes
-from wanrt.memory.engine_bytes import VaeEngines, coder_bytes, step_activations
+from wanrt.memory.engine_bytes import step_activations
 from wanrt.memory.measure import LiveBytes
+from wanrt.memory.vae_engine_bytes import VaeEngines, coder_bytes
 from wanrt.models.dit import CrossKV, TextCache, WanDiT
 from wanrt.models.vae import WanVAE
-from wanrt.vae_shapes import Section, decoder_sections, encoder_sections
+from wanrt.vae_sections import Section, decoder_sections, encoder_sections
 
 SHARE = 0.05  # by which a plan may be more than what is traced; it is never less
 WORKSPACE = 1 << 20  # bytes of every engine here
@@ -177,18 +178,24 @@ class VaeGraphs:
         shapes = [first, *between, last]
         names = [entering, *["x"] * len(between)], [*["y"] * len(between), leaving]
         for i, section in enumerate(sections):
-            ends = names[0][i], names[1][i]
-            self._add(f"vae.{side}.{i}", (section,), ends, (shapes[i], shapes[i + 1]))
+            group, ends = (section,), (names[0][i], names[1][i])
+            self._add(f"vae.{side}.{i}", group, ends, (shapes[i], shapes[i + 1]), ".any")
 
     def _add(
-        self, name: str, group: Any, names: tuple[str, str], shapes: tuple[Shape, Shape]
+        self,
+        name: str,
+        group: Any,
+        names: tuple[str, str],
+        shapes: tuple[Shape, Shape],
+        suffix: str = "",
     ) -> None:
+        """shapes: of what enters and leaves for a latent frame."""
         slots = {n: slot for section in group for n, slot in section.slots.items()}
         given, result = names
-        for when in ("first", "step"):
-            one = [(c, 1 if when == "first" else f, *rest) for c, f, *rest in shapes]
+        for when in group[0].graphs if suffix else ("first", "step"):
+            one = [(c, f if when == "step" else 1, *rest) for c, f, *rest in shapes]
             takes = {given: BF16 if given == "x" else FP32}
-            if when == "step":
+            if when != "first":
                 takes |= {f"cache.{n}": BF16 for n in slots}
             makes = {result: maker(one[1], BF16 if result == "y" else FP32)}
             for n, slot in slots.items():
@@ -197,7 +204,7 @@ class VaeGraphs:
                     makes[f"kept.{n}"] = maker((slot.channels, slot.frames, *sides), BF16)
             runner = FakeRunner(takes, makes, self._memory)
             runner.outputs |= {f"kept.{n}": BF16 for n in slots if f"kept.{n}" in makes}
-            self._runners[f"{name}.{when}"] = runner
+            self._runners[f"{name}.{when}{suffix}"] = runner
 
     def has(self, name: str) -> bool:
         return name in self._runners
@@ -207,7 +214,9 @@ class VaeGraphs:
 
 
 def shape_of(section: Section, h: int, w: int) -> Shape:
-    return section.channels, section.frames, section.scale * h, section.scale * w
+    """Of what enters for a latent frame."""
+    frames = section.frames * section.times
+    return section.channels, frames, section.scale * h, section.scale * w
 
 
 def maker(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -247,8 +256,8 @@ def traced_encode(engine: GraphVae, video: Tensor, work: VaeWork) -> int:
     return count.peak
 
 
-WAYS = {"sections": VaeEngines(sections=WORKSPACE), "whole": VaeEngines(whole=WORKSPACE)}
-WAYS["both"] = VaeEngines(WORKSPACE, WORKSPACE)
+WAYS = {"sections": VaeEngines({"any": WORKSPACE}), "whole": VaeEngines(whole=WORKSPACE)}
+WAYS["both"] = VaeEngines({"any": WORKSPACE}, WORKSPACE)
 
 
 @pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
@@ -275,7 +284,7 @@ def test_a_traced_vae_peaks_where_the_plan_says(
         video = torch.empty(1, 3, 13, *size)
     traced = traced_decode(engine, latents, VaeWork(1, host=host)) if side == "decode" else (
         traced_encode(engine, video, VaeWork(1, host=host)))  # fmt: skip
-    need, workspace = coder_bytes(spec, side, *size, 13, 2, host, WAYS[way])
+    need, workspace, _ = coder_bytes(spec, side, *size, 13, 2, host, WAYS[way])
     planned = need.activations + need.caches + workspace
     assert traced <= planned
     if same or side == "decode":

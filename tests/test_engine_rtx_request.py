@@ -102,7 +102,7 @@ def noted(patch: pytest.MonkeyPatch) -> list[str]:
 def test_a_bundle_has_an_engine_for_each_card(bundle: Path) -> None:
     held = Bundle.open(bundle).manifest
     names = {graph.name for graph in held.graphs}
-    assert {"dit.pre", "dit.post", "vae.decode.0.step"} <= names
+    assert {"dit.pre", "dit.post", "vae.decode.1.step.wide"} <= names
     assert not {"dit.block", "vae.decode.step", "umt5.block"} & names
     cards = {(engine.graph, engine.compute_capabilities) for engine in held.engines}
     assert cards == {(name, (card,)) for name in names for card in (86, 89, 120)}

@@ -25,7 +25,7 @@ from wanrt.export import onnx
 from wanrt.export import vae as parts
 from wanrt.export.part import cast
 from wanrt.models.vae import WanVAE
-from wanrt.vae_shapes import decoder_sections
+from wanrt.vae_sections import decoder_sections
 from wanrt.weights.hub import NANO_WEIGHTS
 from wanrt.weights.load import load_component
 
@@ -159,8 +159,10 @@ def test_sections_hold_the_caches_of_one_twice() -> None:
     spec, graphs = SPECS["2.2-short"], Watched(sections("2.2-short"))
     engine = GraphVae(random_vae(spec), graphs)
     engine.decode(draw_latents(spec, (3, 4), 8))
-    assert graphs.runs[-3:] == [f"vae.decode.{i}.step" for i in range(3)]
-    most = max(len(section.slots) for section in decoder_sections(spec))
+    cut = decoder_sections(spec)
+    frame = [f"vae.decode.{i}.frame.wide" for i in (2, 3, 4)]
+    assert graphs.runs[-8:] == ["vae.decode.0.frame.wide", "vae.decode.1.step.wide", *frame * 2]
+    most = max(len(section.slots) for section in cut)
     assert graphs.alive <= len(engine.decoder_state().slots) + most
 
 
@@ -213,7 +215,7 @@ def test_less_than_whole_frames_at_once_is_done_by_the_modules() -> None:
         assert torch.equal(engine.decode(latents, work=work), expected)
         chunks = [frames for frames, _ in engine.decode_chunks(latents, work=work)]
         assert torch.equal(torch.cat(chunks, 2), expected)
-        with pytest.raises(UsageError, match="less at once than whole frames.*--embed"):
+        with pytest.raises(UsageError, match="less at once, .* than the VAE's graphs.*--embed"):
             bare.decode(latents, work=work)
 
 
@@ -223,9 +225,56 @@ def test_what_an_engine_refuses() -> None:
     *_, (_, state) = vae.decode_chunks(latents, work=VaeWork(1, band=2))
     with pytest.raises(UsageError, match="state is of 2 bands"):
         next(engine.decode_chunks(latents, state))
-    less = Without(traced("2.1-short"), "vae.decode.step", "vae.decode.1.first")
-    with pytest.raises(FormatError, match="no graphs that decode: .* 3 sections"):
+    less = Without(
+        traced("2.1-short"),
+        "vae.decode.step",
+        "vae.decode.1.first.wide",
+        "vae.decode.1.first.tall",
+        "vae.decode.1.first.any",
+    )
+    with pytest.raises(FormatError, match="no graphs that decode: .* 5 sections"):
         GraphVae(vae, less).decode(latents)
+
+
+class Named:
+    """Graphs that there are by their names alone."""
+
+    def __init__(self, *sizes: str) -> None:
+        self._sizes = sizes
+        self.asked: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self._sizes
+
+    def get(self, name: str) -> OrtRunner:
+        self.asked.append(name)
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "there", "taken"),
+    [
+        (90, 160, "wide tall any", "wide"),
+        (160, 90, "wide tall any", "tall"),
+        (60, 104, "wide tall any", "wide"),
+        (90, 160, "tall any", "any"),
+        (91, 160, "wide tall any", "any"),
+        (120, 120, "wide tall any", "any"),
+        (90, 162, "wide tall any", None),
+        (160, 90, "wide", None),
+    ],
+)
+def test_the_narrowest_range_that_has_the_size(
+    rows: int, columns: int, there: str, taken: str | None
+) -> None:
+    """Latents without data; where no range has it, the modules take over."""
+    graphs = Named(*there.split())
+    with torch.device("meta"):
+        engine = GraphVae(WanVAE(SPECS["2.1"]), graphs)
+        latents = torch.empty(1, 16, 1, rows, columns)
+        with pytest.raises(KeyError if taken else UsageError, match=None if taken else "larger"):
+            engine.decode(latents)  # the modules have no weights and say so
+    assert graphs.asked == ([f"vae.decode.0.frame.{taken}"] if taken else [])
 
 
 class Embedded(TracedGraphs):

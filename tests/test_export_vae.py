@@ -1,5 +1,7 @@
 """The parts of a VAE: what enters and leaves them, for VAEs of every kind and width."""
 
+from collections.abc import Mapping
+
 import onnx_ir
 import pytest
 import torch
@@ -14,7 +16,7 @@ from wanrt.export import vae as parts
 from wanrt.export.part import Part
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import CausalState
-from wanrt.vae_shapes import decoder_sections, encoder_sections
+from wanrt.vae_sections import RANGES, Slot, decoder_sections, encoder_sections
 
 ALL = SPECS | {
     "nano": NANO.vae,
@@ -63,21 +65,35 @@ def test_what_a_part_keeps_is_what_it_takes(spec: VaeSpec, side: str) -> None:
     """Whole or by section, at the first latent frame or later."""
     made = {p.name: p for p in parts.parts(parts.empty(spec, torch.float16), torch.float16)}
     cut = SIDES[side](spec)
-    for start, sections in (("", cut), *((f".{i}", (s,)) for i, s in enumerate(cut))):
-        slots = {n: slot for section in sections for n, slot in section.slots.items()}
-        first, step = (made[f"vae.{side}{start}.{when}"] for when in ("first", "step"))
-        caches = {value.name: value for value in step.inputs[1:]}
-        assert len(first.inputs) == 1 and list(caches) == [f"cache.{n}" for n in slots]
-        kept_first, kept = result_of(first), result_of(step)
-        (result, *names), (_, *names_first) = kept, kept_first
-        assert names == [f"kept.{n}" for n in slots]
-        assert names_first == [f"kept.{n}" for n, slot in slots.items() if not slot.late]
-        for name in names:
-            cache = caches[name.replace("kept", "cache")]
-            for tensor in (kept[name], kept_first.get(name, kept[name])):
+    whole = (made[f"vae.{side}.{when}"] for when in ("first", "step"))
+    check_kept({n: slot for section in cut for n, slot in section.slots.items()}, *whole)
+    for i, section in enumerate(cut):
+        for sizes in RANGES:
+            graphs = [made[f"vae.{side}.{i}.{when}.{sizes.name}"] for when in section.graphs]
+            check_kept(section.slots, *graphs)
+
+
+def check_kept(slots: Mapping[int, Slot], *graphs: Part) -> None:
+    """Of the first latent frame, where a graph is its own, and of later ones."""
+    step = graphs[-1]
+    caches = {value.name: value for value in step.inputs[1:]}
+    assert list(caches) == [f"cache.{n}" for n in slots]
+    kept = result_of(step)
+    result, *names = kept
+    assert names == [f"kept.{n}" for n in slots]
+    assert kept[result].dtype == (torch.float16 if result == "y" else torch.float32)
+    results = [kept]
+    if len(graphs) == 2:
+        assert len(graphs[0].inputs) == 1
+        results.append(result_of(graphs[0]))
+        late = [f"kept.{n}" for n, slot in slots.items() if not slot.late]
+        assert list(results[1]) == [result, *late]
+    for found in results:
+        for name, tensor in found.items():
+            if name != result:
+                cache = caches[name.replace("kept", "cache")]
                 assert tensor.shape == cache.at(lambda axis: axis.trace)
                 assert tensor.dtype == cache.dtype == torch.float16
-        assert kept[result].dtype == (torch.float16 if result == "y" else torch.float32)
 
 
 @EVERY_SIDE
@@ -105,12 +121,25 @@ def test_bf16_passes_the_checker() -> None:
     """ONNX Runtime multiplies none on a CPU, so that nothing runs here."""
     vae = parts.empty(SPECS["2.1-short"], torch.bfloat16)
     made = {part.name: part for part in parts.parts(vae, torch.bfloat16)}
-    model = onnx.trace(made["vae.decode.0.step"])
+    model = onnx.trace(made["vae.decode.0.frame.wide"])
     dtypes = {value.name: value.dtype for value in model.graph.inputs}
     assert dtypes.pop("latents") == onnx_ir.DataType.FLOAT
     assert set(dtypes.values()) == {onnx_ir.DataType.BFLOAT16}
     assert "decoder.conv1.weight" in dtypes and "cache.0" in dtypes
     assert not any("upsamples" in name or "encoder" in name for name in dtypes)
+
+
+def test_ranges_are_one_graph() -> None:
+    """For which the builder makes an engine each."""
+    vae = parts.empty(SPECS["2.1-short"], torch.bfloat16)
+    made = {part.name: part for part in parts.parts(vae, torch.bfloat16)}
+    graphs = {onnx.serialise(onnx.trace(made[f"vae.decode.4.frame.{r.name}"])) for r in RANGES}
+    assert len(graphs) == 1
+    assert {made[f"vae.decode.4.frame.{r.name}"].graph for r in RANGES} == {"vae.decode.4.frame"}
+    assert made["vae.decode.step"].graph == ""
+    for sizes in RANGES:
+        x, cache = made[f"vae.decode.4.frame.{sizes.name}"].inputs
+        assert x.most[3:] == cache.most[3:] == (sizes.height, sizes.width)
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ from wanrt.config import VaeSpec, WanSpec
 from wanrt.engine.bundle import Bundle, shown_capability
 from wanrt.engine.manifest import EngineKind, Manifest, Model
 from wanrt.errors import FormatError
-from wanrt.memory.engine_bytes import EngineBytes, Side, VaeEngines
-from wanrt.vae_shapes import decoder_sections, encoder_sections
+from wanrt.memory.engine_bytes import EngineBytes
+from wanrt.memory.vae_engine_bytes import Side, VaeEngines
+from wanrt.vae_sections import RANGES, Section, decoder_sections, encoder_sections
 
 EIGHT_BIT = frozenset({"int8", "fp8"})
 HALVES = frozenset({"dit.pre", "dit.post"})
@@ -42,8 +43,8 @@ def engine_bytes(
     return EngineBytes(
         blocks=blocks,
         step=_most(found, (name for name in found if _kind(name) == "dit" and name not in idle)),
-        decode=_coder(found, "decode", len(decoder_sections(vae))),
-        encode=_coder(found, "encode", len(encoder_sections(vae))),
+        decode=_coder(found, "decode", decoder_sections(vae)),
+        encode=_coder(found, "encode", encoder_sections(vae)),
         text=_most(found, (name for name in found if _kind(name) == "umt5")),
         image=_most(found, (name for name in found if _kind(name) == "clip")),
     )
@@ -84,13 +85,20 @@ def _most(found: dict[str, int], names: Iterable[str]) -> int:
     return max((found[name] for name in names), default=0)
 
 
-def _coder(found: dict[str, int], side: Side, num_sections: int) -> VaeEngines | None:
-    """Both ways of `engine.vae.GraphVae`; one is there where all of its engines are."""
-    sections = _way(found, [f"vae.{side}.{i}" for i in range(num_sections)])
-    ways = VaeEngines(sections, _way(found, [f"vae.{side}"]))
-    return None if ways == VaeEngines() else ways
+def _coder(found: dict[str, int], side: Side, sections: tuple[Section, ...]) -> VaeEngines | None:
+    """All ways of `engine.vae.GraphVae`; one is there where all of its engines are."""
+    ways = {}
+    for sizes in RANGES:
+        names = [
+            f"vae.{side}.{i}.{when}.{sizes.name}"
+            for i, section in enumerate(sections)
+            for when in section.graphs
+        ]
+        if (needed := _way(found, names)) is not None:
+            ways[sizes.name] = needed
+    whole = _way(found, [f"vae.{side}.{when}" for when in ("first", "step")])
+    return VaeEngines(ways, whole) or None
 
 
-def _way(found: dict[str, int], runs: list[str]) -> int | None:
-    names = [f"{run}.{when}" for run in runs for when in ("first", "step")]
+def _way(found: dict[str, int], names: list[str]) -> int | None:
     return _most(found, names) if all(name in found for name in names) else None

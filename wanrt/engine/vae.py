@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from wanrt.config import VaeWork
 from wanrt.engine.graphs import Graphs
-from wanrt.engine.vae_way import Past, Side, Way, equal
+from wanrt.engine.vae_way import Past, Run, Side, Way, equal
 from wanrt.errors import FormatError, UsageError
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import CausalState
-from wanrt.vae_shapes import decoder_sections, encoder_sections
+from wanrt.vae_sections import RANGES, decoder_sections, encoder_sections
 
 log = logging.getLogger("wanrt")
 
@@ -22,9 +22,10 @@ class GraphVae(nn.Module):
 
     `vae` has the weights that the graphs take as inputs; of graphs that embed theirs it is asked
     for its spec alone. Graphs of whole steps are used where there are some, else those of sections,
-    which need both copies of one section's caches at a time and not of all. States are the ones of
-    WanVAE in the same dtype: a clip may go from one to the other. Work that asks for less at once
-    than the whole frames of a latent one (bands, single frames) is done by `vae` itself.
+    which need both copies of one section's caches at a time and not of all: those of the narrowest
+    range that has the clip's size. States are the ones of WanVAE in the same dtype: a clip may go
+    from one to the other. Work that asks for less at once than the graphs take (bands, single
+    frames), and clips larger than all ranges, are done by `vae` itself.
     """
 
     def __init__(self, vae: WanVAE, graphs: Graphs) -> None:
@@ -45,7 +46,7 @@ class GraphVae(nn.Module):
         """See WanVAE.encode. `still`: where there are graphs of sections, those that would repeat
         themselves are not run."""
         work = work or VaeWork(chunk)
-        if self._asks_for_less(work):
+        if self._is_native(self._encoder, video, work):
             return self._native(work).encode(video, work=work, still=still)
         return torch.cat([self._encode_one(clip, work, still) for clip in video.split(1)])
 
@@ -59,7 +60,7 @@ class GraphVae(nn.Module):
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """See WanVAE.encode_chunks; None is one latent frame."""
         work = work or VaeWork(chunk)
-        if self._asks_for_less(work):
+        if self._is_native(self._encoder, video, work):
             yield from self._native(work).encode_chunks(video, state, work=work)
             return
         _check_single(video)
@@ -71,7 +72,7 @@ class GraphVae(nn.Module):
     ) -> Tensor:
         """See WanVAE.decode."""
         work = work or VaeWork(chunk)
-        if self._asks_for_less(work):
+        if self._is_native(self._decoder, latents, work):
             return self._native(work).decode(latents, work=work)
         return torch.cat([self._decode_one(clip, work) for clip in latents.split(1)])
 
@@ -85,7 +86,7 @@ class GraphVae(nn.Module):
     ) -> Iterator[tuple[Tensor, CausalState]]:
         """See WanVAE.decode_chunks; None is one latent frame."""
         work = work or VaeWork(chunk)
-        if self._asks_for_less(work):
+        if self._is_native(self._decoder, latents, work):
             yield from self._native(work).decode_chunks(latents, state, work=work)
             return
         _check_single(latents)
@@ -101,12 +102,12 @@ class GraphVae(nn.Module):
         return CausalState((None,) * self._decoder.num_slots)
 
     def _decode_one(self, latents: Tensor, work: VaeWork) -> Tensor:
-        way = self._way(self._decoder, work)
+        way = self._way(self._decoder, latents, work)
         past = Past(self.decoder_state(), work.host, reuse=way.in_one)
         return torch.cat([way(piece, past) for piece in latents.split(1, 2)], dim=2)
 
     def _encode_one(self, video: Tensor, work: VaeWork, still: bool) -> Tensor:
-        way = self._way(self._encoder, work, still)
+        way = self._way(self._encoder, video, work, still)
         past = Past(self.encoder_state(), work.host, reuse=way.in_one)
         latents, before = [], None
         for piece in self._pieces(video, first=True):
@@ -118,7 +119,9 @@ class GraphVae(nn.Module):
     def _chunks(
         self, side: Side, pieces: list[Tensor], past: Past, work: VaeWork
     ) -> Iterator[tuple[Tensor, CausalState]]:
-        way, size = self._way(side, work), work.chunk or 1
+        if not pieces:
+            return
+        way, size = self._way(side, pieces[0], work), work.chunk or 1
         for start in range(0, len(pieces), size):
             parts = [way(piece, past) for piece in pieces[start : start + size]]
             result = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
@@ -133,36 +136,55 @@ class GraphVae(nn.Module):
         ends = range(start + stride, video.shape[2] + 1, stride)
         return [video[:, :, :1]][:start] + [video[:, :, end - stride : end] for end in ends]
 
-    def _way(self, side: Side, work: VaeWork, still: bool = False) -> Way:
+    def _way(self, side: Side, clip: Tensor, work: VaeWork, still: bool = False) -> Way:
         """Through whole steps where there are such, else section by section.
 
         The other way round where caches are to wait in host memory, or a clip may stand still.
-        Raises FormatError where a bundle has neither.
         """
-        forms = (side.whole, side.cut)
-        for runs in reversed(forms) if work.host or still else forms:
-            names = [f"{run.name}.{when}" for run in runs for when in ("first", "step")]
-            if all(self._graphs.has(name) for name in names):
-                return Way(self._graphs, runs, dict(self.vae.named_parameters()), still)
+        whole, cut = self._whole(side), self._cut(side, clip)
+        runs = (cut or whole) if work.host or still else (whole or cut)
+        assert runs is not None, f"{side.name=} {clip.shape=}"
+        return Way(self._graphs, runs, dict(self.vae.named_parameters()), still)
+
+    def _whole(self, side: Side) -> tuple[Run, ...] | None:
+        return side.whole if self._there(side.whole) else None
+
+    def _cut(self, side: Side, clip: Tensor) -> tuple[Run, ...] | None:
+        """Sections of the narrowest range that there is for the clip."""
+        pixels = [n // side.scale * self.spec.spatial_stride for n in clip.shape[3:]]
+        ways = (side.cut(sizes) for sizes in RANGES if sizes.covers(*pixels))
+        return next((runs for runs in ways if self._there(runs)), None)
+
+    def _there(self, runs: tuple[Run, ...]) -> bool:
+        return all(self._graphs.has(run.graph(first)) for run in runs for first in (True, False))
+
+    def _is_native(self, side: Side, clip: Tensor, work: VaeWork) -> bool:
+        """Whether the modules do it: it asks for less at once, or the clip is too large.
+
+        Raises FormatError where a bundle has no whole set of graphs for any size.
+        """
+        few = work.frames is not None and work.frames < self.spec.temporal_stride
+        if work.band is not None or work.order == "bands" or few:
+            return True
+        if self._whole(side) or self._cut(side, clip):
+            return False
+        if any(self._there(side.cut(sizes)) for sizes in RANGES):
+            return True
         raise FormatError(
             "the bundle",
             f"has no graphs that {side.name}: neither vae.{side.name}.first and .step nor those of"
-            f" {len(side.cut)} sections",
+            f" {len(side.sections)} sections",
             "export the VAE again",
         )
-
-    def _asks_for_less(self, work: VaeWork) -> bool:
-        few = work.frames is not None and work.frames < self.spec.temporal_stride
-        return work.band is not None or work.order == "bands" or few
 
     def _native(self, work: VaeWork) -> WanVAE:
         """Raises UsageError where the weights are within the graphs and nowhere else."""
         if self.vae.conv1.weight.is_meta:
             raise UsageError(
-                f"{work} asks for less at once than whole frames, which the VAE's graphs code with "
-                "their weights in them; export it without --embed, or allow more with --vram"
+                f"{work} asks for less at once, or for larger frames, than the VAE's graphs code "
+                "with their weights in them; export it without --embed, or allow more with --vram"
             )
-        log.info("%s: done by the VAE's modules, for its engines code whole frames", work)
+        log.info("%s: done by the VAE's modules, not by its engines", work)
         return self.vae
 
     def _own(self, state: CausalState) -> CausalState:

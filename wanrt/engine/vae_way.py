@@ -9,17 +9,25 @@ from torch import Tensor
 
 from wanrt.engine.graphs import Graphs
 from wanrt.models.vae_layers import CausalState
-from wanrt.vae_shapes import Section, Slot
+from wanrt.vae_sections import Range, Section, Slot
 
 
 class Run(NamedTuple):
-    """A graph's name less `.first` or `.step`, its input and output, and its slots."""
+    """A graph's name less `.first`, `.step` or `.frame`, its input and output, and its slots."""
 
     name: str
     given: str
     result: str
     scale: int  # rows of its input for each latent row
     slots: Mapping[int, Slot]
+    single: bool = False  # see vae_sections.Section
+    times: int = 1  # for each latent frame but a clip's first
+    suffix: str = ""  # of its graphs' names
+
+    def graph(self, first: bool) -> str:
+        """The name of the one for a clip's first latent frame, or for a later one."""
+        when = "frame" if self.single else "first" if first else "step"
+        return f"{self.name}.{when}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,12 @@ class Side:
         slots = {n: slot for section in self.sections for n, slot in section.slots.items()}
         return (Run(f"vae.{self.name}", self.given, self.result, self.scale, slots),)
 
-    @property
-    def cut(self) -> tuple[Run, ...]:
-        """A graph of each section."""
-        runs = [
-            Run(f"vae.{self.name}.{i}", "x", "y", section.scale, section.slots)
-            for i, section in enumerate(self.sections)
-        ]
+    def cut(self, sizes: Range) -> tuple[Run, ...]:
+        """A graph of each section, for the sizes of a range."""
+        runs = []
+        for i, (_, _, times, scale, slots, single) in enumerate(self.sections):
+            name, suffix = f"vae.{self.name}.{i}", f".{sizes.name}"
+            runs.append(Run(name, "x", "y", scale, slots, single, times, suffix))
         runs[0] = runs[0]._replace(given=self.given, scale=self.scale)
         runs[-1] = runs[-1]._replace(result=self.result)
         return tuple(runs)
@@ -85,14 +92,17 @@ class Past:
 
 
 class Start(NamedTuple):
-    """The graph that the same input need be given to first, and what it takes then."""
+    """The leg that the same input need be given to first, and what it takes then."""
 
-    graph: int = 0
+    leg: int = 0
     x: Tensor | None = None
 
 
 class Way:
-    """Graphs, one after the other, and the weights that they take as inputs."""
+    """Graphs, one after the other, and the weights that they take as inputs.
+
+    A leg is one graph, or several through which one frame goes before the next.
+    """
 
     def __init__(
         self,
@@ -102,34 +112,52 @@ class Way:
         still: bool = False,
     ) -> None:
         """still: see WanVAE.encode; costs a comparison of each graph's past."""
-        self._graphs, self._runs, self._weights, self._still = graphs, runs, weights, still
+        self._graphs, self._weights, self._still = graphs, weights, still
+        self._legs = _legs(runs)
         self._start = Start()
 
     @property
     def in_one(self) -> bool:
         """One graph does it all, so that what is kept goes to and fro between two places."""
-        return len(self._runs) == 1
+        return [len(leg) for leg in self._legs] == [1]
 
     def __call__(self, x: Tensor, past: Past, same: bool = False) -> Tensor:
         """What a latent frame stands for, or the other way round; changes the past.
 
-        same: x equals the x before; graphs whose past has not changed since are not run again.
+        same: x equals the x before; legs whose past has not changed since are not run again.
         """
         if not same:
             self._start = Start(0, x)
         first, y = self._start
         settled = self._still and not past.first
-        for i, run in enumerate(self._runs[first:], first):
-            y, unchanged = self._run(run, y, past, settled)
+        for i, leg in enumerate(self._legs[first:], first):
+            apart = leg[0].times > 1
+            frames = [frame.contiguous() for frame in y.split(1, 2)] if apart else [y]
+            del y  # what it is cut into is let go of frame by frame
+            y, unchanged = self._leg(leg, frames, past, settled)
             settled = settled and unchanged
             if settled:
                 self._start = Start(i + 1, y)
         past.first = False
         return y
 
+    def _leg(
+        self, leg: tuple[Run, ...], frames: list[Tensor], past: Past, compare: bool
+    ) -> tuple[Tensor, bool]:
+        """Its result, and whether its past is what it was (False unless compared)."""
+        made: list[Tensor] = []
+        unchanged = compare
+        while frames:
+            x = frames.pop(0)
+            for run in leg:
+                x, same = self._run(run, x, past, compare)
+                unchanged = unchanged and same
+            made.append(x)
+        return torch.cat(made, dim=2) if len(made) > 1 else made[0], unchanged
+
     def _run(self, run: Run, x: Tensor, past: Past, compare: bool) -> tuple[Tensor, bool]:
         """The graph's result, and whether its past is what it was (False unless compared)."""
-        runner = self._graphs.get(f"{run.name}.{'first' if past.first else 'step'}")
+        runner = self._graphs.get(run.graph(past.first))
         size = [side // run.scale for side in x.shape[3:]]
         given = {name: w for name, w in self._weights.items() if name in runner.inputs}
         given[run.given] = x.to(runner.inputs[run.given])
@@ -149,6 +177,18 @@ class Way:
             if f"kept.{number}" in made:
                 past.keep(number, made[f"kept.{number}"])
         return made[run.result], unchanged
+
+
+def _legs(runs: tuple[Run, ...]) -> list[tuple[Run, ...]]:
+    """Those that go frame by frame belong together where they follow each other."""
+    legs: list[tuple[Run, ...]] = []
+    for run in runs:
+        joins = legs and run.times > 1 and legs[-1][-1].times > 1
+        if joins:
+            legs[-1] += (run,)
+        else:
+            legs.append((run,))
+    return legs
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

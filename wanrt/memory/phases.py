@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wanrt.config import VaeWork, WanSpec
+from wanrt.config import VaeSpec, VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
     DitWeights,
     Format,
@@ -16,14 +16,7 @@ from wanrt.memory.dit_bytes import (
     latent_bytes,
     text_cache_bytes,
 )
-from wanrt.memory.engine_bytes import (
-    NATIVE,
-    EngineBytes,
-    Side,
-    VaeEngines,
-    coder_bytes,
-    step_activations,
-)
+from wanrt.memory.engine_bytes import NATIVE, EngineBytes, step_activations
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import (
     Ask,
@@ -43,6 +36,7 @@ from wanrt.memory.text_bytes import (
 )
 from wanrt.memory.vae_bytes import decode_bytes, encode_bytes
 from wanrt.memory.vae_costs import decode_operations, vae_weights
+from wanrt.memory.vae_engine_bytes import Coded, Side, VaeEngines, coder_bytes
 from wanrt.vae_shapes import decoder_bands
 
 _LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
@@ -216,7 +210,9 @@ def _vae_options(
     machine: Machine,
     engines: VaeEngines | None,
 ) -> Iterator[Option]:
-    """Engines code whole frames; what asks for less at once is done by the VAE's modules."""
+    """What asks for less at once than engines do is done by the VAE's modules, and so is a size
+    that no engine takes."""
+    engines = (engines and engines.of(ask.height, ask.width)) or None
     for work in _works(spec, ask, machine):
         if engines is None or work.frames is not None:
             yield _vae_option(side, spec, ask, form, machine, work)
@@ -256,13 +252,7 @@ def _vae_option(
     vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.image_bytes(form)
     rows, columns = ask.height // stride, ask.width // stride
     chunks = (ask.num_frames - 1) // vae.temporal_stride + 1
-    size, workspace = (ask.height, ask.width), 0
-    if engines is None:
-        need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
-        need = need_of(vae, *size, element, work, machine.backend)
-    else:
-        coded = (*size, ask.num_frames, element, work.host)
-        need, workspace = coder_bytes(vae, name, *coded, engines)
+    coded = _coded(name, vae, ask, element, machine, work, engines)
     given = {
         "encode": 3 * ask.num_frames * ask.width * ask.height,
         "decode": vae.z_dim * chunks * rows * columns,
@@ -273,14 +263,34 @@ def _vae_option(
     repeated = sum(given_rows) / rows  # every row once, and the halos
     seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
     if work.host:
-        seconds += 2 * chunks * need.host / machine.copy / repeated
+        seconds += 2 * chunks * coded.moved / machine.copy / repeated
     phase = Phase(
         name,
         weights=vae_weights(vae) * element,
-        activations=need.activations + 4 * given + condition_bytes(spec.dit, _tokens(spec, ask)),
-        caches=need.caches,
-        workspace=workspace,
-        host=need.host,
+        activations=coded.need.activations
+        + 4 * given
+        + condition_bytes(spec.dit, _tokens(spec, ask)),
+        caches=coded.need.caches,
+        workspace=coded.workspace,
+        host=coded.need.host,
         seconds=seconds * repeated * (_SINGLE_FRAMES if work.frames else 1.0),
     )
     return Option(phase, work=work)
+
+
+def _coded(
+    name: Side,
+    vae: VaeSpec,
+    ask: Ask,
+    element: int,
+    machine: Machine,
+    work: VaeWork,
+    engines: VaeEngines | None,
+) -> Coded:
+    """By engines, or by the VAE's modules."""
+    size = (ask.height, ask.width)
+    if engines is not None:
+        return coder_bytes(vae, name, *size, ask.num_frames, element, work.host, engines)
+    need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
+    need = need_of(vae, *size, element, work, machine.backend)
+    return Coded(need, workspace=0, moved=need.host)

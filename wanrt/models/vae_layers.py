@@ -271,14 +271,18 @@ class Resample(nn.Module):
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
-        conv = self.resample[1]
         if self.mode.startswith("up"):
-            x = self._double(x, walk) if self.mode == "upsample3d" else x
-            return walk.doubled(walk.ops.upsample_conv2d(x, conv.weight, conv.bias))
+            return self.enlarge(self.double(x, walk) if self.mode == "upsample3d" else x, walk)
+        conv = self.resample[1]
         x = walk.ops.downsample_conv2d(walk.halving(x), conv.weight, conv.bias)
         return self._halve(x, walk) if self.mode == "downsample3d" else x
 
-    def _double(self, x: Tensor, walk: Walk) -> Tensor:
+    def enlarge(self, x: Tensor, walk: Walk) -> Tensor:
+        """Twice the height and width, each frame for itself."""
+        conv = self.resample[1]
+        return walk.doubled(walk.ops.upsample_conv2d(x, conv.weight, conv.bias))
+
+    def double(self, x: Tensor, walk: Walk) -> Tensor:
         """`[B, C, T, H, W]` -> twice the frames; once the clip's first frame alone stays single."""
         head, x = (x[:, :, :1], x[:, :, 1:]) if walk.first else (x[:, :, :0], x)
         b, c, t, h, w = x.shape

@@ -1,6 +1,6 @@
 """The stages of both Wan VAEs, assembled into encoder and decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from wanrt.models.vae_layers import (
     number_slots,
 )
 from wanrt.vae_shapes import Stage, decoder_stages, encoder_stages
+
+Layer = Callable[[Tensor, Walk], Tensor]
 
 
 class Encoder(nn.Module):
@@ -44,9 +46,12 @@ class Encoder(nn.Module):
         return [*self.middle, self.head]
 
     @property
-    def sections(self) -> list[list[nn.Module]]:
-        """The layers as `vae_shapes.encoder_sections` cuts them."""
-        return [*_cut(self.local_layers), self.whole_layers]
+    def sections(self) -> list[list[Layer]]:
+        """The layers as `vae_sections.encoder_sections` cuts them."""
+        layers = self.local_layers
+        change = next((i for i, layer in enumerate(layers) if _changes_time(layer)), len(layers))
+        apart = change if change > 1 else 0  # conv1 alone is no section
+        return [*_by_block(layers[:apart]), *_by_size(layers[apart:]), self.whole_layers]
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         for layer in (*self.local_layers, *self.whole_layers):
@@ -68,9 +73,17 @@ class Decoder(nn.Module):
         self.num_slots = number_slots(self)
 
     @property
-    def sections(self) -> list[list[nn.Module]]:
-        """The layers as `vae_shapes.decoder_sections` cuts them."""
-        return [[self.conv1, *self.middle], *_cut([*self.upsamples, self.head])]
+    def sections(self) -> list[list[Layer]]:
+        """The layers as `vae_sections.decoder_sections` cuts them."""
+        layers = [*self.upsamples, self.head]
+        if isinstance(stage := self.upsamples[-1], UpStage):  # without a shortcut
+            layers[-2:-1] = stage.upsamples
+        free = _behind_doubling(layers)
+        before, after = _by_size(layers[:free]), _by_block(layers[free:])
+        if before and isinstance(last := before[-1][-1], Resample):
+            before[-1][-1] = last.double
+            after[0].insert(0, last.enlarge)
+        return [[self.conv1, *self.middle], *before, *after]
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         return self.local(self.whole(x, walk), walk)
@@ -85,8 +98,7 @@ class Decoder(nn.Module):
         """The layers after it: each output row sees a few input rows."""
         x = walk.enter(x)
         layers = [*self.upsamples, self.head]
-        doubling = [i for i, layer in enumerate(layers) if _changes_time(layer)]
-        free = doubling[-1] + 1 if doubling else 0
+        free = _behind_doubling(layers)
         for layer in layers[:free]:
             x = layer(x, walk)
         if walk.work.frames and walk.work.frames < x.shape[2]:
@@ -108,14 +120,36 @@ def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Ten
     return torch.cat(results, 2)
 
 
-def _cut(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Layers in groups, each but the last ending where the size changes."""
-    groups: list[list[nn.Module]] = [[]]
+def _by_size(layers: list[nn.Module]) -> list[list[Layer]]:
+    """Layers in groups that end where the size changes."""
+    groups: list[list[Layer]] = []
+    ended = True
     for layer in layers:
+        groups += [[]] if ended else []
         groups[-1].append(layer)
-        if any(isinstance(m, Resample) for m in layer.modules()):
-            groups.append([])
+        ended = any(isinstance(m, Resample) for m in layer.modules())
     return groups
+
+
+def _by_block(layers: list[nn.Module]) -> list[list[Layer]]:
+    """Layers in groups, each with one residual block, or one stage that has a shortcut, or the
+    head."""
+    groups: list[list[Layer]] = []
+    full = True
+    for layer in layers:
+        block = isinstance(layer, ResidualBlock | DownStage | UpStage | Head)
+        if not groups or (block and full):
+            groups.append([])
+            full = False
+        groups[-1].append(layer)
+        full = full or block
+    return groups
+
+
+def _behind_doubling(layers: list[nn.Module]) -> int:
+    """The first of the layers that keep the frame rate until the end."""
+    doubling = [i for i, layer in enumerate(layers) if _changes_time(layer)]
+    return doubling[-1] + 1 if doubling else 0
 
 
 def _changes_time(layer: nn.Module) -> bool:
