@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanrt.bench import peers
 from wanrt.bench.measure import alternate, machine
 from wanrt.bench.pictures import closeness
 from wanrt.bench.rivals import absent
@@ -195,15 +196,7 @@ def _cudnn_ops(device: str) -> VaeOps:
 
 def _diffusers_run(case: _Case) -> Callable[[], Tensor]:
     """Its residual block, weights of ours, contiguous as it has them."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
-
-    channels = case.x.shape[1]
-    theirs = WanResidualBlock(channels, channels).eval().requires_grad_(False)
-    ours = case.block.residual
-    for norm, conv, i in ((theirs.norm1, theirs.conv1, 0), (theirs.norm2, theirs.conv2, 3)):
-        norm.gamma.copy_(ours[i].gamma)
-        conv.load_state_dict(ours[_CONVS[i // 3]].state_dict())
-    theirs = theirs.to(case.x.device, torch.bfloat16)
+    theirs = peers.diffusers_residual_block(case.block).to(case.x.device, torch.bfloat16)
     x, *past = (t.to(torch.bfloat16).contiguous() for t in (case.x, *case.past))
     return lambda: theirs(x, feat_cache=list(past), feat_idx=[0])
 

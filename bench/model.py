@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wanrt.adapter import Adapter
-from wanrt.bench import true_shapes
+from wanrt.bench import peers, true_shapes
 from wanrt.bench.measure import alternate, machine
 from wanrt.bench.pictures import closeness
 from wanrt.config import Lora, WanSpec
@@ -136,13 +136,9 @@ def _call(dit: nn.Module, spec: WanSpec, settings: Settings) -> Callable[[], Ten
 def _theirs(folder: Path, spec: WanSpec, settings: Settings) -> dict[str, Callable[[], Tensor]]:
     if not settings.peers:
         return {}
-    from diffusers import WanTransformer3DModel
-
     latents, context = (x.to(torch.bfloat16) for x in _inputs(spec, settings))
     time = torch.tensor([500.0], device=settings.device)
-    model = WanTransformer3DModel.from_pretrained(
-        folder / "transformer", torch_dtype=torch.bfloat16
-    ).to(settings.device)
+    model = peers.diffusers_transformer(folder / "transformer", torch.device(settings.device))
     models = {"diffusers": model, "compile": torch.compile(model)}
 
     def run(name: str) -> Tensor:

@@ -1,11 +1,14 @@
 """What wanrt is measured beside: diffusers' modules with our weights in them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from wanrt.config import DitSpec
 from wanrt.models.dit import Block
 from wanrt.models.vae import WanVAE
+from wanrt.models.vae_layers import ResidualBlock
 from wanrt.weights.names import to_diffusers
 
 
@@ -18,6 +21,27 @@ def diffusers_vae(ours: WanVAE) -> nn.Module:
     names = to_diffusers(state, "vae", ours.spec)
     theirs.load_state_dict({names[n].stored[0]: state[n] for n in state})
     return theirs
+
+
+def diffusers_residual_block(ours: ResidualBlock) -> nn.Module:
+    """A residual block of the VAE without a shortcut, with the weights of ours, fp32."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+    norm1, _, conv1, norm2, _, _, conv2 = ours.residual
+    theirs = WanResidualBlock(conv1.in_channels, conv2.out_channels).eval().requires_grad_(False)
+    theirs.norm1.gamma.copy_(norm1.gamma)
+    theirs.norm2.gamma.copy_(norm2.gamma)
+    theirs.conv1.load_state_dict(conv1.state_dict())
+    theirs.conv2.load_state_dict(conv2.state_dict())
+    return theirs
+
+
+def diffusers_transformer(folder: Path, device: torch.device) -> nn.Module:
+    """The transformer of a Diffusers folder, in bf16."""
+    from diffusers import WanTransformer3DModel
+
+    theirs = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    return theirs.eval().requires_grad_(False).to(device)
 
 
 def diffusers_block(
