@@ -28,7 +28,15 @@ def _ranks(*ranks: int) -> frozenset[int]:
 LINES = {
     1: Line(("wanrt.kernels",), _ranks(1)),
     2: Line(
-        ("wanrt.env", "wanrt.errors", "wanrt.config", "wanrt.keys", "wanrt.vae_shapes"), _ranks(2)
+        (
+            "wanrt.clock",
+            "wanrt.env",
+            "wanrt.errors",
+            "wanrt.config",
+            "wanrt.keys",
+            "wanrt.vae_shapes",
+        ),
+        _ranks(2),
     ),
     3: Line(("wanrt.quant",), _ranks(1, 2, 3)),
     4: Line(("wanrt.models",), _ranks(1, 2, 3, 4)),

@@ -231,7 +231,7 @@ def record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None) -> None:
     """This verb alone."""
     app = new_app()
     app.callback()(lambda: None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanrt import env
 from wanrt.adapter import Adapter
+from wanrt.clock import Clock
 from wanrt.config import Lora, Precision, Task, WanSpec
 from wanrt.errors import BudgetError, UsageError
 from wanrt.guidance import Expert
@@ -150,6 +151,7 @@ class Components:
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
     engine: "Engine | None" = None  # computes the parts that it serves; None: all is native
     lessons: Lessons = field(default_factory=Lessons)  # of all refusals so far
+    clock: Clock = field(default_factory=Clock)  # of the request under way
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
@@ -292,11 +294,20 @@ class Components:
         if not self.keep and any(name in self._loaded for name in names):
             self._drop(*names)
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def clear(self) -> None:
         """Let every part go."""
         self._drop(*self._loaded)
 
     def _drop(self, *names: str) -> None:
+        with self.clock.phase("free"):
+            self._free(names)
+
+    def _free(self, names: tuple[str, ...]) -> None:
         for name in names:
             part = self._loaded.pop(name, None)
             self._adapters.pop(name, None)
@@ -325,6 +336,18 @@ class Components:
         kind: Kind,
         dtype: torch.dtype,
         changes: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> nn.Module:
+        if name in self._loaded:
+            return self._loaded[name]
+        with self.clock.loading(name):
+            return self._read(name, kind, dtype, changes)
+
+    def _read(
+        self,
+        name: str,
+        kind: Kind,
+        dtype: torch.dtype,
+        changes: dict[str, Callable[[Tensor], Tensor]] | None,
     ) -> nn.Module:
         if name not in self._loaded:
             self.parts.require(kind)
