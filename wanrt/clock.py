@@ -66,9 +66,9 @@ class Clock:
     def within(self, name: str, call: Callable[..., T]) -> Callable[..., T]:
         """The same function, as a phase."""
 
-        def timed(*args: object) -> T:
+        def timed(*args: object, **options: object) -> T:
             with self.phase(name):
-                return call(*args)
+                return call(*args, **options)
 
         return timed
 
