@@ -35,7 +35,7 @@ from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.names import Kind
-from wanrt.weights.packed import packed_weights
+from wanrt.weights.packed import packed_text_encoder, packed_weights
 from wanrt.weights.parts import Parts
 from wanrt.weights.vocabulary import read_tokenizer
 
@@ -190,6 +190,14 @@ class Components:
         files = [path for path in (self.parts.dit, self.parts.low_noise) if path is not None]
         plain = self.dtypes.eight_bit is None and not self._serves("dit")
         return packed_weights(files, self.dtypes.dit) if plain else None
+
+    @cached_property
+    def packed_text(self) -> PackedWeights | None:
+        """The same of the text encoder."""
+        file = self.parts.umt5
+        if file is None or self._serves("umt5"):
+            return None
+        return packed_text_encoder(file, self.dtypes.umt5)
 
     @property
     def engine_bytes(self) -> EngineBytes:

@@ -20,6 +20,7 @@ from wanrt.weights.names import Source
 from wanrt.weights.quantised import PlainReader, check_formats, scale_of
 
 CPU = torch.device("cpu")
+TOKEN_TABLE = "token_embedding.weight"
 LARGE_TABLE = 64 << 20  # bytes
 # CLIP's last block and what follows it are in the files but not in the module.
 _UNUSED = re.compile(r"post_norm\.|transformer\.(\d+)\.")
@@ -148,7 +149,7 @@ class Weights:
 
     def is_large_table(self, name: str) -> bool:
         """A token table of which a prompt needs few rows."""
-        return name == "token_embedding.weight" and self.num_bytes(name) > LARGE_TABLE
+        return name == TOKEN_TABLE and self.num_bytes(name) > LARGE_TABLE
 
     def rows(self, name: str, ids: list[int]) -> Tensor:
         """Some rows of a table, in this order."""

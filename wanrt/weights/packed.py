@@ -1,4 +1,4 @@
-"""What a transformer takes in memory while its matrices stay as a GGUF file packs them."""
+"""What blocks take in memory while their matrices stay as a GGUF file packs them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 from wanrt.memory.offload import lay_out
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.weights.checkpoint import Checkpoint
-from wanrt.weights.contents import Weights
+from wanrt.weights.contents import TOKEN_TABLE, Weights
 from wanrt.weights.load import skeleton
+from wanrt.weights.names import Kind
 from wanrt.weights.parts import find_component
 
 
@@ -18,7 +19,7 @@ def packed_weights(files: Sequence[Path], dtype: torch.dtype) -> PackedWeights |
 
     dtype: of its products. Reads headers. Raises FormatError.
     """
-    each = [_packed(file, dtype) for file in files]
+    each = [_packed(file, "dit", dtype) for file in files]
     known = [one for one in each if one is not None]
     if not known or len(known) < len(each):
         return None
@@ -31,28 +32,34 @@ def packed_weights(files: Sequence[Path], dtype: torch.dtype) -> PackedWeights |
     )
 
 
-def _packed(file: Path, dtype: torch.dtype) -> PackedWeights | None:
-    """As `load_component` lays it out where blocks stream."""
-    found = find_component(file, "dit")
+def packed_text_encoder(file: Path, dtype: torch.dtype) -> PackedWeights | None:
+    """Of a text encoder; None where it packs nothing. Reads headers. Raises FormatError."""
+    return _packed(file, "umt5", dtype)
+
+
+def _packed(file: Path, kind: Kind, dtype: torch.dtype) -> PackedWeights | None:
+    """As `load_component` lays it out where blocks stream; a large table stays in its file."""
+    found = find_component(file, kind)
     if not any(info.packing for info in Checkpoint.open(found.path).tensors.values()):
         return None
-    module = skeleton("dit", found.spec, dtype=dtype)
+    module = skeleton(kind, found.spec, dtype=dtype)
     plain = {name: weight.numel() for name, weight in module.named_parameters()}
     weights = Weights(module, found, dtype, check=False)
     weights.keep_packed(module, (), tables=False)
-    blocks, texts = (
+    blocks, *apart = (
         [lay_out(module, visit, weights.dtype_of) for visit in visits] for visits in module.visits()
     )
+    texts = [places for visits in apart for places in visits]
     visited = {name for places in (*blocks, *texts) for name in places}
-    others = [name for name in plain if name not in visited]
+    others = [n for n in plain if n not in visited and not weights.is_large_table(n)]
     unpacked = [
         plain[name] * weights.plain_dtype(name).itemsize
         for name in others
-        if weights.stays_packed(name)
+        if weights.stays_packed(name) and name != TOKEN_TABLE
     ]
     return PackedWeights(
         tuple(max(place.stop for place in places.values()) for places in blocks),
-        max(place.stop for places in texts for place in places.values()),
+        max((place.stop for places in texts for place in places.values()), default=0),
         sum(module.get_parameter(n).numel() * weights.dtype_of(n).itemsize for n in others),
         any(weights.stays_packed(name) for name in visited),
         max(unpacked, default=0),
