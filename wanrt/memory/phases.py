@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from wanrt.config import VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
@@ -15,6 +16,7 @@ from wanrt.memory.dit_bytes import (
     dit_weights,
     latent_bytes,
     text_cache_bytes,
+    widened_bytes,
 )
 from wanrt.memory.engine_bytes import (
     NATIVE,
@@ -160,8 +162,9 @@ def dit_options(
         passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
         run = (tokens, form.other, together)
         if engines.blocks == "native":
-            whole = activation_bytes(spec.dit, *run, machine.fused, extra)
-            streaming = activation_bytes(spec.dit, *run, machine.fused, extra, packed)
+            held = partial(activation_bytes, spec.dit, *run, machine.fused, extra)
+            widened = widened_bytes(spec.dit, form)
+            whole, streaming = held(None, widened), held(packed, widened)
         else:
             assert packed is None, "engines take matrices that are not packed"
             whole = streaming = step_activations(spec.dit, *run, engines.blocks == "whole", extra)
