@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from wanrt.engine.opened import Engine
 
 Report = Callable[[str, int, int], None]  # phase, done, total
+Changes = dict[str, Callable[[Tensor], Tensor]] | None  # of weights, by name
 
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -338,25 +339,13 @@ class Components:
             return self._placed.get(name)
         return self.plan.placement(phase)
 
-    def _get(
-        self,
-        name: str,
-        kind: Kind,
-        dtype: torch.dtype,
-        changes: dict[str, Callable[[Tensor], Tensor]] | None = None,
-    ) -> nn.Module:
+    def _get(self, name: str, kind: Kind, dtype: torch.dtype, changes: Changes = None) -> nn.Module:
         if name in self._loaded:
             return self._loaded[name]
         with self.clock.loading(name):
             return self._read(name, kind, dtype, changes)
 
-    def _read(
-        self,
-        name: str,
-        kind: Kind,
-        dtype: torch.dtype,
-        changes: dict[str, Callable[[Tensor], Tensor]] | None,
-    ) -> nn.Module:
+    def _read(self, name: str, kind: Kind, dtype: torch.dtype, changes: Changes) -> nn.Module:
         if name not in self._loaded:
             self.parts.require(kind)
             self._placed[name] = self._placement(name)
