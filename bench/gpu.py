@@ -28,6 +28,12 @@ from wanrt.kernels.cases import all_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 510.0  # seconds after which nothing new begins
+REQUEST_NAME, REQUEST_SECONDS = "e2e", 240.0  # what it may need, most of it to write weights
+# 832x480, 81 frames; few steps, so that what is paid once is seen beside them.
+REQUEST = (
+    *("bench", "e2e", "--model", "wan2.1-t2v-1.3b", "--device", "cuda"),
+    *("--steps", "4", "--repeats", "1", "--json"),
+)
 _TESTS = tuple(f"tests/test_ops{n}.py" for n in ("", "_attention", "_conv", "_quantized"))
 
 
@@ -70,6 +76,8 @@ def _records(only: str, begin: float) -> Iterator[dict[str, Any]]:
             for row in ops.measure(case, dtype):
                 yield {"bench": "ops"} | asdict(row)
             torch.cuda.empty_cache()
+    if only in REQUEST_NAME:
+        yield _requests(begin)
 
 
 def _compiled(only: str) -> dict[str, Any]:
@@ -102,6 +110,22 @@ def _tested(only: str) -> dict[str, Any]:
     )
     seconds = round(time.monotonic() - start, 1)
     return {"bench": "tests"} | found | {"named": named[:40], "seconds": seconds}
+
+
+def _requests(begin: float) -> dict[str, Any]:
+    """Whole requests of the true-shaped 1.3B, in processes of their own; `ONLY` may be `e2e`."""
+    left = BUDGET - (time.monotonic() - begin)
+    if left < REQUEST_SECONDS:
+        return {"bench": "e2e", "note": "not measured: out of time (it takes ONLY=e2e)"}
+    command = [sys.executable, "-m", "wanrt", *REQUEST]
+    command += [] if "diffusers" in absent() else ["--peer", "diffusers"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"bench": "e2e", "note": f"not measured: more than {left:.0f} s"}
+    if done.returncode:
+        return {"bench": "e2e", "note": f"not measured: {done.stderr.strip()[-400:]}"}
+    return json.loads(done.stdout)
 
 
 def _slug(name: str) -> str:

@@ -1,11 +1,16 @@
-"""What wanrt is measured beside: diffusers' modules with our weights in them."""
+"""What wanrt is measured beside: diffusers' modules and pipeline with our weights in them."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wanrt import sampler
 from wanrt.config import DitSpec
+from wanrt.errors import UsageError
 from wanrt.models.dit import Block
 from wanrt.models.vae import WanVAE
 from wanrt.models.vae_layers import ResidualBlock
@@ -66,3 +71,52 @@ def diffusers_block(
         norm.float()
     theirs.scale_shift_table.data = theirs.scale_shift_table.data.float()
     return theirs, WanRotaryPosEmbed(spec.head_dim, spec.patch_size, 1024).to(device)
+
+
+def require_diffusers_requests() -> None:
+    """Raises UsageError where a whole request of diffusers cannot be made here."""
+    needed = ("diffusers", "transformers", "accelerate", "ftfy", "imageio", "imageio_ffmpeg")
+    if lacking := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = " ".join(lacking).replace("_", "-")
+        raise UsageError(f"--peer diffusers needs {names} (pip install {names})")
+
+
+def import_diffusers_requests() -> None:
+    """Imports what a program with diffusers' pipeline imports at its top, for the time it takes."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline  # noqa: F401
+    from diffusers.utils import export_to_video  # noqa: F401
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: F401
+
+
+def diffusers_pipeline(
+    folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype, device: str, flow_shift: float
+) -> Any:
+    """WanPipeline over a folder in its layout, at wanrt's timesteps and sigmas; no progress bar."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import PreTrainedTokenizerFast
+
+    class Schedule(UniPCMultistepScheduler):
+        def set_timesteps(self, num_inference_steps: int, **options: Any) -> None:
+            super().set_timesteps(num_inference_steps, **options)
+            found = sampler.schedule("unipc", num_inference_steps, flow_shift)
+            assert len(found.sigmas) == len(self.sigmas), f"{len(found.sigmas)=}"
+            self.timesteps, self.sigmas = found.timesteps.to(options.get("device")), found.sigmas
+
+    words = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = str(folder / "tokenizer" / "tokenizer.json")
+    pipe = WanPipeline.from_pretrained(
+        folder,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=tokenizer, **words),
+        vae=AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype),
+        torch_dtype=dtype,
+    )
+    pipe.scheduler = Schedule.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def diffusers_write(frames: np.ndarray, path: Path, fps: int) -> None:
+    """frames [F, H, W, 3] in [0, 1] -> .mp4, as diffusers writes it by default."""
+    from diffusers.utils import export_to_video
+
+    export_to_video(list(frames), str(path), fps=fps)

@@ -29,6 +29,7 @@ LINES = {
     1: Line(("wanrt.kernels",), _ranks(1)),
     2: Line(
         (
+            "wanrt.clock",
             "wanrt.env",
             "wanrt.errors",
             "wanrt.config",

@@ -111,6 +111,33 @@ def test_true_blocks_keep_their_budget(resident: int, true_blocks: Path) -> None
     check(plan.peak, measured, vram)
 
 
+@pytest.mark.slow  # 20 s
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_true_block_of_the_14b_keeps_its_budget(precision: str, tmp_path: Path) -> None:
+    """One block, streamed and resident, at a few tokens: what is planned is what is held."""
+    spec = MODELS["wan2.1-t2v-14b"]
+    spec = replace(spec, dit=replace(spec.dit, num_layers=1))
+    folder = tmp_path / "model"
+    write_random("t2v-14b", "comfyui", folder, components=("dit",), precision="bf16", spec=spec)
+    text = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    settings = {"prompt_embeds": text, "negative_embeds": text.flip(0), "width": 64, "height": 64}
+    settings |= {"num_frames": 5, "num_steps": 1, "seed": 1}
+
+    def denoise(streams: bool) -> torch.Tensor:
+        pipe = Pipeline.load(str(folder), precision=precision, vram="64G")
+        with metered(CPU) as meter:
+            started = pipe.start("", decode=False, **settings)
+            options = started.plan.question.phases["step"]
+            option = next(o for o in options if bool(o.placement.slots) == streams)
+            chosen = started.plan.options | {"step": option}
+            started.plan = replace(started.plan, options=chosen, keep=False)
+            latents = pipe.denoise(started)
+        check(started.plan.peak, meter.peak, 64 * GIB)
+        return latents
+
+    assert torch.equal(denoise(streams=True), denoise(streams=False))
+
+
 def test_budgets_are_read_as_people_write_them() -> None:
     assert parse_bytes("8G", "--vram") == parse_bytes("8 GiB", "--vram") == 8 * GIB
     assert parse_bytes("7.5", "--vram") == 15 * GIB // 2

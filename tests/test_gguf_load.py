@@ -19,22 +19,28 @@ from torch import Tensor, nn
 
 from wanrt import cli
 from wanrt.adapter import Adapter
+from wanrt.cli_plan import _stored
 from wanrt.components import Components
 from wanrt.config import NANO, Lora, Umt5Spec, WanSpec
 from wanrt.errors import FormatError
 from wanrt.loras import Shelf
+from wanrt.memory import dit_bytes
 from wanrt.memory.meter import metered
-from wanrt.memory.placement import Placement
+from wanrt.memory.phases import text_options
+from wanrt.memory.placement import Ask, Placement
 from wanrt.models import layers, spiece
 from wanrt.models.packed import PackedEmbedding, PackedLinear
 from wanrt.models.tokenizer import Tokenizer
 from wanrt.pipeline import Pipeline
+from wanrt.planning import CPU as MACHINE
 from wanrt.quant.gguf_blocks import FORMATS
 from wanrt.weights import contents
 from wanrt.weights.gguf_vocabulary import read_vocabulary
 from wanrt.weights.layouts import write_model
 from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.names import Kind
+from wanrt.weights.packed import packed_text_encoder
+from wanrt.weights.parts import find_component
 
 T2V = "wan2.1-t2v-1.3b"
 CPU = torch.device("cpu")
@@ -445,6 +451,65 @@ def test_packed_weights_are_planned_as_they_lie(
     unpacked = next(o for o in asked.phases["step"] if o.placement.num_resident == resident)
     assert option.phase.ring < unpacked.phase.ring / 3
     assert options[0].phase == asked.phases["step"][0].phase  # whole, both are unpacked at load
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_packed_text_encoder_is_planned_as_it_lies(precision: str, folders: Folders) -> None:
+    """The ring, what waits and what stays, to the byte; and no prompt holds more than planned."""
+    pipe = Pipeline.load(str(folders.packed), precision=precision, vram="64G")
+    long = SMALL | {"prompt": "a red circle moving " * 200, "negative": "a blue square " * 200}
+    started = pipe.start(decode=False, **long)
+    whole, option = started.plan.question.phases["text"]
+    assert option.placement.slots and not whole.placement.slots
+    pipe.components.clear()
+    pipe._embeds.clear()
+    options = started.plan.options | {"text": option}
+    pipe.components.follow(replace(started.plan, keep=False, options=options))
+    umt5 = pipe.components.umt5()
+    stream = umt5.weight_stream
+    assert sum(slot.buffer.nbytes for slot in stream._free) == option.phase.ring
+    staging = sum(slot.staging.nbytes for slot in stream._free)
+    assert (option.placement.pinned, option.placement.staging) == (0, staging)
+    table = umt5.token_embedding.weight.nbytes  # small here; a true one stays in its file
+    stays = sum(p.nbytes for p in umt5.parameters() if p.device.type == "cpu")
+    assert stays == option.phase.weights >= table
+    del umt5, stream
+    pipe.components.clear()
+    with metered(CPU) as meter:
+        pipe.encode_prompts([long["prompt"], long["negative"]])
+    assert 0 < meter.peak <= option.phase.peak
+    plain = Pipeline.load(str(folders.plain), precision=precision, vram="64G")
+    unpacked = plain.start(decode=False, **long).plan.question.phases["text"]
+    assert option.phase.ring < unpacked[1].phase.ring / 2
+    assert whole.phase.peak == unpacked[0].phase.peak  # whole, both are unpacked at load
+    shown = _stored(str(folders.packed), precision, "cpu", True)
+    assert shown.packed_text == pipe.components.packed_text is not None
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_what_a_packed_text_encoder_holds_is_what_was_planned(
+    heads: int, spec: WanSpec, tmp_path: Path
+) -> None:
+    """With few heads a matrix of the feed-forward is the most, else the scores are.
+
+    On a CPU pieces that are unpacked are smaller than on a card, for which the scratch is planned.
+    """
+    umt5 = Umt5Spec(512, 1024, 1024, 4096, num_heads=heads, num_layers=2)
+    spec = replace(spec, umt5=umt5)
+    path, _ = write(tmp_path / "a.gguf", spec, "umt5", "Q8_0")
+    packed = packed_text_encoder(find_component(path, "umt5"), torch.bfloat16)
+    ask = Ask(64, 64, 5, text_rows=512)
+    _, option = text_options(spec, ask, dit_bytes.FORMATS["bf16"], MACHINE, packed=packed)
+    ids = torch.randint(512, (2, 512), generator=torch.Generator().manual_seed(0))
+    prompts = [(one[None], torch.ones(1, 512, dtype=torch.int64)) for one in ids]
+    with metered(CPU) as meter, torch.inference_mode():
+        module = load_component(
+            path, "umt5", torch.bfloat16, placement=option.placement, keep_packed=True
+        )
+        module.forward_each(prompts)
+    module.weight_stream.close()
+    planned = option.phase.peak
+    assert 0.95 * (planned - packed.scratch) <= meter.peak <= planned
 
 
 def test_loras_of_a_pipeline_beside_packed_weights(

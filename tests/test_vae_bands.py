@@ -114,6 +114,7 @@ WORKS = [
     VaeWork(1, band=7, order="bands"),
     VaeWork(2, band=4, order="bands", frames=3),
     VaeWork(2, order="bands"),
+    VaeWork(1, frames=1),
     VaeWork(1, frames=2),
     VaeWork(band=100),
 ]

@@ -20,6 +20,8 @@ WORKS = [
     VaeWork(1, band=2),
     VaeWork(1, band=2, order="bands"),
     VaeWork(1, host=True),
+    VaeWork(1, frames=1),
+    VaeWork(1, band=2, frames=2),
 ]
 CHUNKS = 21
 
@@ -68,6 +70,16 @@ def test_a_still_clip_is_encoded_to_the_same_bits(spec: VaeSpec, work: VaeWork) 
         seen.clear()
         assert torch.equal(vae.encode(clip, work=work, still=True), expected), name
         assert sum(seen.values()) < (0.8 if work.chunk == 1 else 0.95) * all_frames, name
+
+
+@pytest.mark.parametrize("frames", [None, 1, 3])
+def test_chunks_that_repeat_behind_another_past_are_computed(frames: int | None) -> None:
+    """Within them the last frames are alike: what they leave as it was is not what came before."""
+    vae, _ = counting_vae(SPECS["2.1"])
+    a, b, c = torch.rand(3, 1, 3, 1, 32, 32)
+    clip = torch.cat([a, *[b, c, c, c] * 6], 2)
+    work = VaeWork(1, frames=frames)
+    assert torch.equal(vae.encode(clip, work=work, still=True), vae.encode(clip, work=work))
 
 
 def test_chunks_that_each_size_computes() -> None:

@@ -5,8 +5,8 @@ import sys
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    args = sys.argv[1:] if args is None else args
-    if args[:1] == ["plan"]:
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["plan"]:
         from wanrt.cli_plan import main as verb
     else:
         from wanrt.cli import main as verb

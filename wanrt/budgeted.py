@@ -60,6 +60,7 @@ def plan_request(
         decodes=decodes,
         lora=components.lora_bytes(request.loras),
         packed=components.packed,
+        packed_text=components.packed_text,
         engines=components.engine_bytes,
     )
     vram = free_bytes(device) if budgets.vram is None else budgets.vram

@@ -20,6 +20,7 @@ from wanrt import (
     cli_tools,
     command,
 )
+from wanrt.clock import TOTAL, Clock
 from wanrt.conditions import prepare_inputs
 from wanrt.config import GenerateConfig
 from wanrt.errors import UsageError
@@ -67,6 +68,7 @@ class Job:
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None,
     out: Annotated[Path, _in(_OUTPUT, ".mp4, or .png for one image.", "-o", "--out")] = Path(
         "out.mp4"
@@ -151,7 +153,9 @@ def generate(
         "context_scale": context_scale,
     }
     jobs = list(_jobs(_read_prompts(prompt, prompts), seed or [-1], out))
-    marker = Marker(Marking(str(marking), key, tsa, ledger, record_prompt))
+    clock = context.find_object(Clock) or Clock()
+    clock.rest("start")
+    marker = Marker(Marking(str(marking), key, tsa, ledger, record_prompt), clock)
     for job in jobs:
         marker.check(job.out, str(codec), crf, overwrite)
     with Bars(quiet=as_json) as bars:
@@ -179,16 +183,20 @@ def generate(
         plan = pipe.plan(settled, refs=len(inputs.refs))
         if plan is not None and not as_json:
             cli_plan.show(plan, Console(stderr=True, width=cli_plan.WIDE))
+        clock.rest("open")
+        pipe.components.clock = clock
         with metered(pipe.components.device) if plan else nullcontext(Meter()) as meter:
             pipe.encode_prompts([text for r in requests for text in r.prompts])
+            clock.rest("text")
             for job in jobs:
-                run = pipe.start(job.prompt, seed=job.seed, **settings)
+                run = pipe.start(job.prompt, seed=job.seed, clock=clock, **settings)
                 latents = pipe.denoise(run, on_step=bars.on_step)
                 frames = pipe.decode(run, latents)
-                fps = run.request.fps
+                fps, marker.clock = run.request.fps, clock
                 saved = marker.save(frames, job.out, fps, str(codec), crf, overwrite, run.origin)
                 bars.finish()
                 _print_result(saved, run, plan, meter, as_json)
+                clock = Clock()
 
 
 app.command()(cli_plan.plan)
@@ -227,23 +235,25 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 def _print_result(saved: Saved, run: Run, plan: Plan | None, meter: Meter, as_json: bool) -> None:
     """plan: that of the prompts of all jobs, which were encoded before the first."""
-    request, seconds = run.request, sum(run.timings.values())
+    request, timings = run.request, run.clock.timings()
     planned = plan and run.plan and max(plan.peak, run.plan.peak)
     if as_json:
-        timings = {phase: round(value, 3) for phase, value in run.timings.items()}
-        memory = planned and {
+        result = {"path": str(saved.path), **asdict(request)}
+        result["timings"] = {phase: round(value, 3) for phase, value in timings.items()}
+        result["steps"] = [round(value, 3) for value in run.steps]
+        result["cold"] = run.clock.cold
+        result["memory"] = planned and {
             "planned": planned,
             "measured": meter.peak,
             "of": "card" if meter.whole_card else "process",
         }
-        result = {"path": str(saved.path), **asdict(request), "timings": timings, "memory": memory}
         result["provenance"] = cli_provenance.record(saved)
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return
     print(
         f"{saved.path}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"seed {request.seed}, {request.num_steps} steps of {request.solver}, "
-        f"guidance {request.guidance:g}, {seconds:.1f} s"
+        f"guidance {request.guidance:g}, {timings[TOTAL]:.1f} s"
         + (f", peak {gib(meter.peak)} of {gib(planned)} planned" if planned else "")
         + (" (what other programs hold is in it)" if planned and meter.whole_card else "")
         + f"; {cli_provenance.marks_of(saved)}",

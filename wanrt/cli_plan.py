@@ -39,6 +39,7 @@ class _Model(NamedTuple):
     format: str
     packed: PackedWeights | None = None
     engines: EngineBytes = NATIVE
+    packed_text: PackedWeights | None = None
 
 
 def plan(
@@ -88,6 +89,7 @@ def plan(
         refs=refs,
         lora=_lora_bytes(lora or [], known),
         packed=known.packed,
+        packed_text=known.packed_text,
         engines=known.engines,
     )
     made = plan_for_any_text(question, budgets.vram)
@@ -117,7 +119,8 @@ def _stored(model: str, precision: Precision, device: str, offline: bool) -> _Mo
     where = torch.device(device if torch.cuda.is_available() else "cpu")
     name = f"{model} {path} {parts.dit}"
     components = open_parts(parts, name, precision, where, False, lambda *_: None)
-    return _Model(components.spec, components.dtypes.format, components.packed)
+    packed = {"packed": components.packed, "packed_text": components.packed_text}
+    return _Model(components.spec, components.dtypes.format, **packed)
 
 
 def _with_engines(model: _Model, path: Path, card: int, precision: Precision) -> _Model:
@@ -231,7 +234,7 @@ def record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None) -> None:
     """This verb alone."""
     app = new_app()
     app.callback()(lambda: None)

@@ -18,6 +18,7 @@ from wanrt.errors import UsageError
 from wanrt.identity import identify
 from wanrt.loras import match
 from wanrt.quant.formats import PLAIN
+from wanrt.tasks.sizes import parse_size
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.layouts import Layout
@@ -205,6 +206,27 @@ def bench_vram(
     vram.main(vram.Settings(*asked), as_json)
 
 
+def bench_e2e(
+    model: Annotated[str, typer.Option(help="nano, or an id: random weights then.")] = "nano",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The model's.")] = None,
+    peer: Annotated[str | None, typer.Option(help="diffusers, or nothing.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; the model's.")] = None,
+    repeats: Annotated[int, typer.Option(help="Processes of each side.", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Whole requests, cold and warm, phase by phase, alternating with the peer."""
+    from wanrt.bench import e2e
+
+    width, height = parse_size(size)
+    asked = None if width is None else (width, height)
+    settings = e2e.Settings(model, asked, frames, steps, peer, device, dtype, repeats)
+    e2e.main(settings, as_json, out)
+
+
 def bench_memory(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
@@ -331,6 +353,7 @@ def add_to(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure, beside a peer, in one run.")
     bench.command("vae")(bench_vae)
     bench.command("block")(bench_block)
+    bench.command("e2e")(bench_e2e)
     bench.command("memory")(bench_memory)
     bench.command("compile")(bench_compile)
     bench.command("ops")(bench_ops)

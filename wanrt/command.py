@@ -1,5 +1,6 @@
 """What all verbs of the command line share: Ctrl-C, errors in one line, exit codes."""
 
+import gc
 import logging
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import wanrt
+from wanrt.clock import Clock, process_began
 from wanrt.errors import WanrtError
 
 
@@ -34,10 +36,17 @@ def new_app() -> typer.Typer:
 
 
 def run(app: typer.Typer, args: list[str] | None) -> None:
-    """Run a command line and exit with its code; a user's mistake never shows a traceback."""
+    """Run a command line and exit with its code; a user's mistake never shows a traceback.
+
+    args: those of the process where left out; then its clock began with the process.
+    """
+    clock = Clock(process_began() if args is None else None)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="wanrt: %(message)s")
     try:
-        app(args, prog_name="wanrt")
+        app(args, prog_name="wanrt", obj=clock)
     except WanrtError as error:
         print("wanrt:", "\\n".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        if args is None:  # the process ends: not to search all of PyTorch for cycles saves 0.3 s
+            gc.freeze()

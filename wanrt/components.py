@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanrt import env
 from wanrt.adapter import Adapter
+from wanrt.clock import Clock
 from wanrt.config import Lora, Precision, Task, WanSpec
 from wanrt.errors import BudgetError, UsageError
 from wanrt.guidance import Expert
@@ -35,7 +36,7 @@ from wanrt.quant.policy import EightBit
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.names import Kind
-from wanrt.weights.packed import packed_weights
+from wanrt.weights.packed import packed_text_encoder, packed_weights
 from wanrt.weights.parts import Parts
 from wanrt.weights.vocabulary import read_tokenizer
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from wanrt.engine.opened import Engine
 
 Report = Callable[[str, int, int], None]  # phase, done, total
+Changes = dict[str, Callable[[Tensor], Tensor]] | None  # of weights, by name
 
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
@@ -150,6 +152,7 @@ class Components:
     loras: tuple[Lora, ...] = ()  # part of the model, for every request
     engine: "Engine | None" = None  # computes the parts that it serves; None: all is native
     lessons: Lessons = field(default_factory=Lessons)  # of all refusals so far
+    clock: Clock = field(default_factory=Clock)  # of the request under way
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _placed: dict[str, Placement | None] = field(default_factory=dict)
@@ -189,6 +192,14 @@ class Components:
         files = [known[name] for name in ("dit", "low_noise") if name in known]
         plain = self.dtypes.eight_bit is None and not self._serves("dit")
         return packed_weights(files, self.dtypes.dit) if plain else None
+
+    @cached_property
+    def packed_text(self) -> PackedWeights | None:
+        """The same of the text encoder."""
+        found = self.parts.found.get("umt5")
+        if found is None or self._serves("umt5"):
+            return None
+        return packed_text_encoder(found, self.dtypes.umt5)
 
     @property
     def engine_bytes(self) -> EngineBytes:
@@ -293,11 +304,20 @@ class Components:
         if not self.keep and any(name in self._loaded for name in names):
             self._drop(*names)
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def clear(self) -> None:
         """Let every part go."""
         self._drop(*self._loaded)
 
     def _drop(self, *names: str) -> None:
+        with self.clock.phase("free"):
+            self._free(names)
+
+    def _free(self, names: tuple[str, ...]) -> None:
         for name in names:
             part = self._loaded.pop(name, None)
             self._adapters.pop(name, None)
@@ -320,13 +340,13 @@ class Components:
             return self._placed.get(name)
         return self.plan.placement(phase)
 
-    def _get(
-        self,
-        name: str,
-        kind: Kind,
-        dtype: torch.dtype,
-        changes: dict[str, Callable[[Tensor], Tensor]] | None = None,
-    ) -> nn.Module:
+    def _get(self, name: str, kind: Kind, dtype: torch.dtype, changes: Changes = None) -> nn.Module:
+        if name in self._loaded:
+            return self._loaded[name]
+        with self.clock.loading(name):
+            return self._read(name, kind, dtype, changes)
+
+    def _read(self, name: str, kind: Kind, dtype: torch.dtype, changes: Changes) -> nn.Module:
         if name not in self._loaded:
             self.parts.require(kind)
             self._placed[name] = self._placement(name)

@@ -89,8 +89,8 @@ class VaeWork:
     chunk: latent frames (None: by their size). band: latent rows, in the layers that see only rows
     nearby (None: all). order: which loop is the outer one. "time": frames come out chunk by chunk,
     the caches of all bands are kept. "bands": one band's caches at a time; what is finished waits
-    in a temporary file. frames: how many frames at once pass the decoder's stages after the last
-    doubling of the frame rate (None: all of a chunk). host: caches wait in host memory.
+    in a temporary file. frames: how many frames at once pass the stages at the full frame rate, the
+    decoder's last and the encoder's first (None: all of a chunk). host: caches wait in host memory.
     """
 
     chunk: int | None = None

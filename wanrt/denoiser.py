@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -47,11 +46,9 @@ class Denoiser:
         self,
         components: Components,
         conditions: Conditions,
-        timed: Callable[[str], AbstractContextManager[None]],
         loras: tuple[Lora, ...] = (),
     ) -> None:
-        self._components, self._conditions, self._timed = components, conditions, timed
-        self._loras = loras
+        self._components, self._conditions, self._loras = components, conditions, loras
         self._loaded: _Loaded | None = None
 
     def velocities(
@@ -97,17 +94,16 @@ class Denoiser:
         loaded = self._load(expert)
         texts = [loaded.text, loaded.negative] if guided else [loaded.text]
         plan, inputs = self._components.plan, self._conditions.step_inputs(t)
-        with self._timed("denoise"):
-            if plan is not None and plan.guidance == "interleaved":
-                found = loaded.dit.forward_each(x, inputs.t, texts, **inputs.extra)
-            else:
-                found = [loaded.dit(x, inputs.t, text, **inputs.extra) for text in texts]
+        if plan is not None and plan.guidance == "interleaved":
+            found = loaded.dit.forward_each(x, inputs.t, texts, **inputs.extra)
+        else:
+            found = [loaded.dit(x, inputs.t, text, **inputs.extra) for text in texts]
         return Velocities(found[0], found[1] if guided else None)
 
     def _load(self, expert: Expert) -> _Loaded:
         if self._loaded is None or self._loaded.expert != expert:
             self._let_go()
-            with self._timed("load"):
+            with self._components.clock.phase("prepare"):
                 dit = self._components.dit(expert, self._loras)
                 self._loaded = _Loaded(expert, dit, *self._conditions.prepare(dit))
         return self._loaded

@@ -1,9 +1,7 @@
 """READ FIRST: a prompt becomes a video. Encode, denoise, decode; what is freed in between."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from wanrt import sampler
 from wanrt.budgeted import plan_request, within_memory
+from wanrt.clock import Clock
 from wanrt.components import Components, Report, choose_device, open_parts
 from wanrt.conditions import (
     Conditions,
@@ -59,19 +58,14 @@ OnStep = Callable[[Step], None]
 
 @dataclass
 class Run:
-    """One request on its way: what was resolved, what conditions it, how long each phase took."""
+    """One request on its way: what was resolved, what conditions it, where its seconds went."""
 
     request: Request
     conditions: Conditions
     plan: Plan | None = None
     origin: Origin = UNKNOWN
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - begin
+    clock: Clock = field(default_factory=Clock)
+    steps: list[float] = field(default_factory=list)  # seconds of each
 
 
 class Pipeline:
@@ -158,7 +152,9 @@ class Pipeline:
         if not decode:
             return result
         frames = np.concatenate(list(self.decode(run, result)))
-        return Video(frames, run.request.fps, asdict(run.request), run.timings, run.origin)
+        clock = run.clock
+        measured = (clock.timings(), tuple(run.steps), clock.cold)
+        return Video(frames, run.request.fps, asdict(run.request), *measured, run.origin)
 
     def stream(
         self, prompt: str, *, on_step: OnStep | None = None, **settings: Any
@@ -176,24 +172,28 @@ class Pipeline:
         negative_embeds: Tensor | None = None,
         *,
         decode: bool = True,
+        clock: Clock | None = None,
         **settings: Any,
     ) -> Run:
-        """Check everything, then compute all that does not change from step to step."""
-        config = GenerateConfig(prompt, **settings)
-        embeds = (prompt_embeds, negative_embeds)
-        request = self.check(config, embeds, decode=decode)
-        request, inputs = prepare_inputs(config, request, self.spec)
-        plan = self.plan(request, embeds, refs=len(inputs.refs), decode=decode)
-        begin = time.perf_counter()
-        self.encode_prompts(_without(embeds, request.prompts))
-        encoded = time.perf_counter()
-        text = self._text(prompt_embeds, request.prompt)
-        negative = self._text(negative_embeds, request.negative) if request.guided else None
-        conditions = make_conditions(request, inputs, text, negative, self.components)
-        run = Run(request, conditions, plan, origin_of(config, request, self.spec))
-        run.timings["text"] = encoded - begin
-        run.timings["conditions"] = time.perf_counter() - encoded
-        return run
+        """Check everything, then compute all that does not change from step to step.
+
+        clock: one that runs already, where the request began before this.
+        """
+        clock = self.components.clock = clock or Clock()
+        with clock.phase("prepare"):
+            config = GenerateConfig(prompt, **settings)
+            embeds = (prompt_embeds, negative_embeds)
+            request = self.check(config, embeds, decode=decode)
+            request, inputs = prepare_inputs(config, request, self.spec)
+            plan = self.plan(request, embeds, refs=len(inputs.refs), decode=decode)
+        with clock.phase("text"):
+            self.encode_prompts(_without(embeds, request.prompts))
+            text = self._text(prompt_embeds, request.prompt)
+            negative = self._text(negative_embeds, request.negative) if request.guided else None
+        with clock.phase("conditions"):
+            conditions = make_conditions(request, inputs, text, negative, self.components)
+            self.components.finish()
+        return Run(request, conditions, plan, origin_of(config, request, self.spec), clock)
 
     def check(
         self,
@@ -301,18 +301,21 @@ class Pipeline:
         self, run: Run, latents: Tensor | None = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Noise to latents: the loop over the schedule, `[1, C, T, h, w]` fp32."""
-        request, conditions, spec = run.request, run.conditions, self.spec
-        timesteps, sigmas = schedule_of(request)
-        solver = sampler.make_solver(request.solver, sigmas)
-        x = self._start(request, conditions, latents)
-        self._follow(run)
-        denoiser = Denoiser(self.components, conditions, run.timed, request.loras)
+        request, conditions, clock = run.request, run.conditions, run.clock
+        with clock.phase("prepare"):
+            timesteps, sigmas = schedule_of(request)
+            solver = sampler.make_solver(request.solver, sigmas)
+            x = self._start(request, conditions, latents)
+            self._follow(run)
+            denoiser = Denoiser(self.components, conditions, request.loras)
         for i, t in enumerate(timesteps.tolist()):
-            expert = expert_for(t, spec.boundary)
+            expert = expert_for(t, self.spec.boundary)
             guidance = guidance_for(expert, request.guidance, request.guidance_low)
-            step = f"step {i + 1} of {len(timesteps)}"
-            velocity = denoiser.velocities(x, t, expert, guidance != 1.0, step)
-            x = conditions.impose(solver.step(guide(*velocity, guidance), x))
+            step, before = f"step {i + 1} of {len(timesteps)}", clock.seconds("denoise")
+            with clock.phase("denoise"):
+                velocity = denoiser.velocities(x, t, expert, guidance != 1.0, step)
+                x = conditions.impose(solver.step(guide(*velocity, guidance), x))
+            run.steps.append(clock.seconds("denoise") - before)
             if on_step is not None:
                 on_step(Step(i, len(timesteps), t, float(sigmas[i]), x))
         denoiser.release()
@@ -321,6 +324,7 @@ class Pipeline:
 
     def _follow(self, run: Run) -> None:
         """Another request may have come in between, or memory run out."""
+        self.components.clock = run.clock
         if run.plan is not None:
             run.plan = relearned(run.plan, self.components.lessons)
             self.components.follow(run.plan)
@@ -350,11 +354,9 @@ class Pipeline:
 
         def next_pixels() -> np.ndarray | None:
             nonlocal chunks
-            if chunks is None:
-                with run.timed("load"):
-                    vae = self.components.vae()
-                chunks = self._decoded(vae, latents, skip=done)
-            with run.timed("decode"):
+            with run.clock.phase("decode"):
+                if chunks is None:
+                    chunks = self._decoded(self.components.vae(), latents, skip=done)
                 pixels = next(chunks)[0]
                 return to_uint8(pixels, nearest=nearest).cpu().numpy() if healthy(pixels) else None
 

@@ -53,12 +53,13 @@ def question_of(
     lora: int = 0,
     packed: PackedWeights | None = None,
     engines: EngineBytes = NATIVE,
+    packed_text: PackedWeights | None = None,
 ) -> Question:
     """What is asked of a machine by a request whose size is settled.
 
     refs: reference images; encodes_text: a prompt's features are not known yet; decodes: frames are
-    wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer; engines:
-    what those of a bundle work in.
+    wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer, and
+    packed_text of a text encoder; engines: what those of a bundle work in.
     """
     ask = Ask(
         request.width,
@@ -72,7 +73,7 @@ def question_of(
         decodes=decodes,
         lora=lora,
     )
-    return Question(spec, ask, precision, budgets.host, machine, packed, engines)
+    return Question(spec, ask, precision, budgets.host, machine, packed, engines, packed_text)
 
 
 def format_of(precision: Precision, spec: WanSpec) -> str:

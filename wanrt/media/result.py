@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanrt.clock import Clock, added
 from wanrt.media.image import to_pil
 from wanrt.media.marking import REQUIRED, UNKNOWN, Marking, Origin
 from wanrt.media.saving import save_video
@@ -18,13 +19,17 @@ from wanrt.media.saving import save_video
 class Video:
     """Frames `np` uint8 `[F, H, W, 3]`, `fps`, the settings that made them, seconds per phase.
 
-    provenance: what the marks of a saved file will say of where it comes from.
+    timings: phases, then `other` and their `total`; saving adds its own. steps: those of each
+    denoising step. cold: parts whose weights were read for it. provenance: what the marks of a
+    saved file will say of where it comes from.
     """
 
     np: np.ndarray
     fps: int
     settings: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    steps: tuple[float, ...] = ()
+    cold: tuple[str, ...] = ()
     provenance: Origin = UNKNOWN
 
     @property
@@ -54,6 +59,7 @@ class Video:
 
         The file appears only when it is complete and its marks have been read back.
         """
+        clock = Clock()
         saved = save_video(
             self.np,
             path,
@@ -63,5 +69,7 @@ class Video:
             overwrite=overwrite,
             origin=self.provenance,
             marking=marking,
+            clock=clock,
         )
+        self.timings.update(added(self.timings, clock.timings()))
         return saved.path

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanrt import env
+from wanrt.clock import Clock
 from wanrt.errors import MarkingError, OutputError
 from wanrt.media import ledger, provenance
 from wanrt.media.frames import Clip
@@ -41,14 +42,15 @@ def save_video(
     overwrite: bool = False,
     origin: Origin = UNKNOWN,
     marking: Marking = REQUIRED,
+    clock: Clock | None = None,
 ) -> Saved:
     """Write frames of any generator as a marked `.mp4`, `.webm`, `.mkv`, or a single one as `.png`.
 
     frames: uint8 `[n, H, W, 3]` or float `[3, n, H, W]` in [-1, 1], or parts of either one after
-    the other; or PIL images. Raises MarkingError where a mark is required and fails; no file is
-    left then.
+    the other; or PIL images. `clock` gets the phases watermark, encode and sign. Raises
+    MarkingError where a mark is required and fails; no file is left then.
     """
-    return Marker(marking).save(frames, path, fps, codec, crf, overwrite, origin)
+    return Marker(marking, clock).save(frames, path, fps, codec, crf, overwrite, origin)
 
 
 class Marker:
@@ -57,14 +59,17 @@ class Marker:
     A key is made where none is configured; an embedder that wants no such thing gives one.
     """
 
-    def __init__(self, marking: Marking = REQUIRED) -> None:
+    def __init__(self, marking: Marking = REQUIRED, clock: Clock | None = None) -> None:
+        """clock: of what is saved from now on; it can be set anew for each result."""
         self.marking, self.steps = marking, Steps(marking.mode)
+        self.clock = clock or Clock()
         self.ledger = Path(marking.ledger) if marking.ledger else env.ledger_file()
         self.key: SigningKey | None = None
         if marking.mode == "off":
             log.warning("marking is off: the result will not say that it is AI-generated")
         else:
-            self.key = self.steps.attempt("key", lambda: _key(marking))
+            with self.clock.phase("sign"):
+                self.key = self.steps.attempt("key", lambda: _key(marking))
         if self.ledger is not None:
             path = self.ledger
             self.steps.attempt("ledger", lambda: ledger.check(path))
@@ -101,13 +106,20 @@ class Marker:
     ) -> Saved:
         """As `save_video`."""
         target = self.check(path, codec, crf, overwrite)
-        mark = Mark(target, origin, self.marking, self.key, self.steps.missing, extra)
+        mark, clock = (
+            Mark(target, origin, self.marking, self.key, self.steps.missing, extra),
+            self.clock,
+        )
+        marked = clock.each("watermark", mark.frames(frames))
+        seal = clock.within("sign", mark.seal)
         try:
-            write_video(target, mark.frames(frames), fps, codec, crf, overwrite, mark.seal)
+            with clock.phase("encode"):
+                write_video(target, marked, fps, codec, crf, overwrite, seal)
         except BaseException:
             mark.withdraw()
             raise
-        self._enter(mark)
+        with clock.phase("sign"):
+            self._enter(mark)
         return replace(mark.saved, missing=tuple(mark.steps.missing))
 
     def _enter(self, mark: Mark) -> None:

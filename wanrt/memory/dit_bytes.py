@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanrt.config import DitSpec, WanSpec
-from wanrt.kernels.limits import FEED_FORWARD_ROWS, SCORES, heads_at_once
+from wanrt.kernels.limits import FEED_FORWARD_ROWS, SCORES, WIDENED_AT_ONCE, heads_at_once
 from wanrt.memory.packed_bytes import PackedWeights
 
 _FP32 = 4
@@ -158,11 +158,13 @@ def activation_bytes(
     fused: bool,
     extra: int = 0,
     packed: PackedWeights | None = None,
+    widened: int = 0,
 ) -> int:
     """The most a forward pass holds beside weights, text cache and latents.
 
     `branches` texts go through together; `fused`: norms and rotation are single kernels (Triton),
     else PyTorch's, which make fp32 copies. `extra`: what attention makes beside its result.
+    `widened`: what an eight-bit weight takes that becomes plain for one product.
     `packed`: matrices are unpacked while they are used; those of a long feed-forward both at once.
     """
     n = tokens.length * spec.dim
@@ -175,12 +177,18 @@ def activation_bytes(
         table = packed.table + packed.scratch
     return streams + max(
         table,
-        prepare_bytes(spec, tokens, element),
+        prepare_bytes(spec, tokens, element) + widened,
+        2 * element * n + widened if spec.vace_layers else 0,  # before_proj, after_proj
         _project(n, element, tokens.levels, fused) + square,
         4 * element * n + extra,  # q, k, v and the attention's result
         _feed_forward(spec, tokens, element, fused) + wide,
         head_bytes(spec, tokens),
     )
+
+
+def widened_bytes(spec: DitSpec, form: Format) -> int:
+    """A matrix whose product takes no eight-bit activations, and the rows under way, in fp32."""
+    return spec.dim * spec.dim * form.other + 4 * _FP32 * WIDENED_AT_ONCE if form.quantised else 0
 
 
 def attention_extra(spec: DitSpec, tokens: Tokens, form: Format, fused: bool) -> int:

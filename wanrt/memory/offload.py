@@ -149,11 +149,11 @@ class WeightStream:
         """Whether `hold` must be given this weight; else it is read at every visit."""
         return name in self._stop_of and self._stop_of[name].host is not None
 
-    def hold(self, name: str, tensor: Tensor) -> None:
-        """Keep a weight in host memory; a copy."""
+    def place_of(self, name: str) -> Tensor:
+        """Where a weight that waits in memory lies: what is written there is kept."""
         stop = self._stop_of[name]
         assert stop.host is not None, f"{name=}"
-        stop.places[name].view(stop.host).copy_(tensor)
+        return stop.places[name].view(stop.host)
 
     def change(self, added: dict[str, Tensor]) -> None:
         """From the next visit on, add these fp32 tensors on the device to weights that stream.

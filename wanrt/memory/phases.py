@@ -1,7 +1,8 @@
 """Every way in which a phase of a request could run, with the memory and the time of each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from wanrt.config import VaeSpec, VaeWork, WanSpec
 from wanrt.memory.dit_bytes import (
@@ -15,6 +16,7 @@ from wanrt.memory.dit_bytes import (
     dit_weights,
     latent_bytes,
     text_cache_bytes,
+    widened_bytes,
 )
 from wanrt.memory.engine_bytes import NATIVE, EngineBytes, step_activations
 from wanrt.memory.packed_bytes import PackedWeights
@@ -54,13 +56,27 @@ class Option:
 
 
 def text_options(
-    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+    spec: WanSpec,
+    ask: Ask,
+    form: Format,
+    machine: Machine,
+    engines: EngineBytes = NATIVE,
+    packed: PackedWeights | None = None,
 ) -> Iterator[Option]:
-    """Both prompts through every block that is there."""
-    weights = umt5_weights(spec.umt5, form.other)
-    held = umt5_activations(spec.umt5, ask.text_rows, form.other)
-    held += 2 * ask.text_rows * spec.umt5.dim * 4  # the features of both prompts
-    yield from _encoder_options("text", weights, held, machine, engines.text)
+    """Both prompts through every block that is there.
+
+    packed: of a checkpoint whose matrices stay packed while it streams, and are unpacked else.
+    """
+    weights, rows = umt5_weights(spec.umt5, form.other), ask.text_rows
+    features = 2 * rows * spec.umt5.dim * 4  # of both prompts
+    held = features + umt5_activations(spec.umt5, rows, form.other)
+    whole, streaming = _encoder_options("text", weights, held, machine, engines.text)
+    if packed is not None:
+        held = features + umt5_activations(spec.umt5, rows, form.other, packed)
+        streaming = _streaming_packed("text", packed, held, machine, engines.text)
+        whole = replace(whole, phase=replace(whole.phase, seconds=streaming.phase.seconds))
+    yield whole
+    yield streaming
 
 
 def clip_options(
@@ -98,6 +114,24 @@ def _encoder_options(
         )
 
 
+def _streaming_packed(
+    name: str, packed: PackedWeights, held: int, machine: Machine, workspace: int
+) -> Option:
+    """Block by block out of the file, as the file packs them."""
+    placement = place(list(packed.visits), 0, room=0)
+    phase = Phase(
+        name,
+        weights=packed.rest,
+        ring=placement.slots * max(packed.visits),
+        activations=held,
+        workspace=workspace,
+        host=placement.host,
+        streamed=placement.mapped,
+        seconds=(sum(packed.visits) + packed.rest) / machine.read,
+    )
+    return Option(phase, placement)
+
+
 def dit_options(
     spec: WanSpec,
     ask: Ask,
@@ -122,8 +156,9 @@ def dit_options(
         passes, together = {"none": (1, 1), "sequential": (2, 1), "interleaved": (1, 2)}[order]
         run = (tokens, form.other, together)
         if engines.blocks == "native":
-            whole = activation_bytes(spec.dit, *run, machine.fused, extra)
-            streaming = activation_bytes(spec.dit, *run, machine.fused, extra, packed)
+            held = partial(activation_bytes, spec.dit, *run, machine.fused, extra)
+            widened = widened_bytes(spec.dit, form)
+            whole, streaming = held(None, widened), held(packed, widened)
         else:
             assert packed is None, "engines take matrices that are not packed"
             whole = streaming = step_activations(spec.dit, *run, engines.blocks == "whole", extra)

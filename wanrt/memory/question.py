@@ -49,8 +49,9 @@ class Question:
     precision: str = "bf16"
     ram: int | None = None  # budget of host memory
     machine: Machine = TYPICAL
-    packed: PackedWeights | None = None  # of a GGUF file
+    packed: PackedWeights | None = None  # of a GGUF file, a transformer
     engines: EngineBytes = NATIVE
+    packed_text: PackedWeights | None = None  # a text encoder
 
     @cached_property
     def phases(self) -> dict[str, list[Option]]:
@@ -69,7 +70,8 @@ class Question:
         form = FORMATS[self.precision]
         phases = {}
         if ask.encodes_text:
-            phases["text"] = list(text_options(spec, ask, form, machine, engines))
+            text = text_options(spec, ask, form, machine, engines, self.packed_text)
+            phases["text"] = list(text)
         if spec.clip is not None and ask.image:
             phases["image"] = list(clip_options(spec, form, machine, engines))
         if ask.image:

@@ -12,6 +12,7 @@ from wanrt.memory.vae_byte_walk import Backend, ByteWalk, Held
 from wanrt.memory.vae_op_bytes import Clip, Conv
 from wanrt.vae_shapes import (
     Band,
+    Stage,
     decoder_bands,
     decoder_stages,
     default_chunk,
@@ -139,12 +140,60 @@ def _encode_band(walk: ByteWalk, pixels: Clip, spec: VaeSpec, band: Band) -> Hel
     held = walk.hold(pixels)
     walk.spike(2 * held.stored)
     walk.start(band.given.height)
-    x = walk.conv(walk.narrow(held, band.given), Conv(stages[0].widths[0]))
-    x = walk.narrow(x, walk.rows.trimmed())
-    for stage in stages:
+    x = walk.narrow(held, band.given)
+    whole = stages
+    if walk.work.frames and walk.work.frames < pixels.frames:
+        x, whole = _encode_in_pieces(walk, x, spec, band)
+    else:
+        x = _first_layer(walk, x, stages[0])
+    for stage in whole:
         x = walk.stage(x, stage, band, spec.residual)
     walk.free(held)
     return x
+
+
+def _first_layer(walk: ByteWalk, x: Held, stage: Stage) -> Held:
+    return walk.narrow(walk.conv(x, Conv(stage.widths[0])), walk.rows.trimmed())
+
+
+def _encode_in_pieces(
+    walk: ByteWalk, x: Held, spec: VaeSpec, band: Band
+) -> tuple[Held, tuple[Stage, ...]]:
+    """The layers before the first halving of the frame rate; gives the stages that are left.
+
+    Groups of layers that end where the size changes; each gathers its result.
+    """
+    stages = encoder_stages(spec)
+    for i, stage in enumerate(stages):
+        halves = stage.mode == "downsample3d"
+        widths = stage.widths[:1] if halves and spec.residual else stage.widths
+        part = stage._replace(widths=widths, mode=None if halves else stage.mode)
+        if i == 0 or part.blocks:
+            x = _piece(walk, x, part, band, spec.residual, first=i == 0)
+        if halves:
+            rest = stage if spec.residual else stage._replace(widths=stage.widths[-1:])
+            return x, (rest, *stages[i + 1 :])
+    return x, ()
+
+
+def _piece(walk: ByteWalk, x: Held, stage: Stage, band: Band, residual: bool, first: bool) -> Held:
+    """One piece beside what the pieces give together. Frees x, unless it is the pixels."""
+    rows = walk.rows.trimmed() if first else walk.rows
+    width, channels = x.clip.width, stage.widths[-1]
+    for _ in range(2 * len(stage.blocks)):
+        rows = rows.trimmed()
+    if stage.mode is not None:
+        rows, width, channels = band.levels[walk.level + 1], width // 2, stage.out
+    result = walk.hold(Clip(channels, x.clip.frames, rows.stop - rows.start, width))
+    y = Held(x.clip._replace(frames=walk.work.frames), 0)
+    if first:
+        y = _first_layer(walk, y, stage)
+    if stage.blocks:
+        y = walk.stage(y, stage, band, residual)
+    walk.free(y)
+    if not first:
+        walk.free(x)
+    return result
 
 
 def _second_stage(pixels: Clip, spec: VaeSpec, band: Band) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from wanrt.config import DitSpec
 from wanrt.errors import UsageError
+from wanrt.models.first_values import normal
 from wanrt.models.layers import (
     TORCH,
     CrossAttention,
@@ -110,7 +111,7 @@ class Block(nn.Module):
         super().__init__()
         dim, self.eps, self.ops = spec.dim, spec.eps, ops
         image = spec.image_dim is not None
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(normal(1, 6, dim, std=dim**-0.5))
         self.self_attn = SelfAttention(dim, spec.num_heads, spec.eps, ops)
         self.norm3 = LayerNorm(dim, spec.eps, ops)
         self.cross_attn = CrossAttention(dim, spec.num_heads, spec.eps, image, ops)
@@ -168,7 +169,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps, self.ops = spec.eps, ops
         self.head = Linear(spec.dim, patch_out)
-        self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
+        self.modulation = nn.Parameter(normal(1, 2, spec.dim, std=spec.dim**-0.5))
 
     def forward(self, x: Tensor, time: TimeEmbedding) -> Tensor:
         row = Modulation(self.modulation + time.e, time.level).row

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.kernels import torch_linear, torch_ops, torch_quantize
+from wanrt.kernels.limits import WIDENED_AT_ONCE
 from wanrt.kernels.reference import GROUP, Quantized, rotate
 from wanrt.models.lora import LowRankBranch
 from wanrt.quant.formats import LinearFormat
@@ -122,8 +123,11 @@ class QuantizedLinear(nn.Module):
         return self.ops.make.quantize(x, self.form.dtype, GROUP, self.form.rotated)
 
     def _widened(self) -> Tensor:
-        """The weight in `dtype`; lives as long as one product."""
-        plain = torch_quantize.dequantize(self.quantized)
-        if self.form.rotated:
-            plain = rotate(plain)
-        return plain.to(self.dtype)
+        """The weight in `dtype`, made some rows at a time; lives as long as one product."""
+        step = max(1, WIDENED_AT_ONCE // self.in_features)
+        plain = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        for begin in range(0, self.out_features, step):
+            rows = slice(begin, begin + step)
+            some = torch_quantize.dequantize(Quantized(self.weight[rows], self.weight_scale[rows]))
+            plain[rows] = rotate(some) if self.form.rotated else some
+        return plain

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.config import Umt5Spec
+from wanrt.models.first_values import Table
 from wanrt.models.layers import Visit, weights_of
 
 
@@ -51,7 +52,7 @@ class PositionBias(nn.Module):
 
     def __init__(self, num_buckets: int, num_heads: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_buckets, num_heads)
+        self.embedding = Table(num_buckets, num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
         return self.embedding(buckets).permute(2, 0, 1)  # [n, n] -> [H, n, n]
@@ -117,7 +118,7 @@ class Umt5Encoder(nn.Module):
     def __init__(self, spec: Umt5Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.token_embedding = nn.Embedding(spec.vocab_size, spec.dim)
+        self.token_embedding = Table(spec.vocab_size, spec.dim)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.norm = RMSNorm(spec.dim, spec.eps)
 

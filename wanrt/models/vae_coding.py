@@ -73,9 +73,9 @@ def encode_pieces(
         walk.settled = set() if still else None
     sames = [still and _same(a, b) for a, b in zip((None, *pieces), pieces, strict=False)]
     if work.order == "bands":
-        yield from _encode_band_by_band(vae, pieces, course, sames)
+        yield from _encode_band_by_band(vae, pieces, course, sames, work)
         return
-    locals_ = [Layers(vae.encoder.local_layers, walk) for walk in course.locals]
+    locals_ = [Layers(vae.encoder.local_steps(work.frames), walk) for walk in course.locals]
     whole = Layers(vae.encoder.whole_layers, course.whole)
     for i, (piece, same) in enumerate(zip(pieces, sames, strict=True)):
         course.begin(last=ends and i == len(pieces) - 1)
@@ -96,12 +96,12 @@ def _encode_piece(
 
 
 def _encode_band_by_band(
-    vae: "WanVAE", pieces: Sequence[Tensor], course: Course, sames: Sequence[bool]
+    vae: "WanVAE", pieces: Sequence[Tensor], course: Course, sames: Sequence[bool], work: VaeWork
 ) -> Iterator[Tensor]:
     with Spool() as spool:
         repeats = [True] * len(pieces)
         for b, walk in enumerate(course.bands):
-            layers = Layers(vae.encoder.local_layers, walk)
+            layers = Layers(vae.encoder.local_steps(work.frames), walk)
             for i, piece in enumerate(pieces):
                 _begin(walk, i, len(pieces))
                 result = _encode_locally(vae, piece, layers, sames[i])

@@ -40,6 +40,18 @@ class Encoder(nn.Module):
         """Each output row sees a few input rows."""
         return [self.conv1, *self.downsamples]
 
+    def local_steps(self, frames: int | None) -> list[nn.Module]:
+        """The local layers; those before the first halving of the frame rate `frames` at once."""
+        if frames is None:
+            return self.local_layers
+        steps: list[nn.Module] = []
+        groups = _by_size(self.local_layers)
+        while groups and not any(map(_changes_time, groups[0])):
+            steps.append(InPieces(groups.pop(0), frames))
+        rest = [layer for group in groups for layer in group]
+        free = next((i for i, layer in enumerate(rest) if _changes_time(layer)), len(rest))
+        return [*steps, *([InPieces(rest[:free], frames)] if free else []), *rest[free:]]
+
     @property
     def whole_layers(self) -> list[nn.Module]:
         """The rest: attention sees the whole frame."""
@@ -106,6 +118,41 @@ class Decoder(nn.Module):
         for layer in layers[free:]:
             x = layer(x, walk)
         return walk.leave(x)
+
+
+class InPieces(nn.ModuleList):
+    """Layers of an encoder that keep the frame rate: x goes through all of them in pieces of time.
+
+    The result is as large as ever, what lies between the layers as large as a piece.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], size: int) -> None:
+        super().__init__(layers)
+        self.size = size
+
+    def forward(self, x: Tensor, walk: Walk) -> Tensor:
+        if x.shape[2] <= self.size:
+            return self._pass(x, walk)
+        place, last, settled, result = walk.place, walk.last, [], None
+        for begin in range(0, x.shape[2], self.size):
+            end = min(begin + self.size, x.shape[2])
+            walk.place, walk.last = place, last and end == x.shape[2]
+            y = self._pass(x[:, :, begin:end], walk)
+            if result is None:
+                shape = (*y.shape[:2], x.shape[2], *y.shape[3:])
+                like = {"dtype": y.dtype, "device": y.device}
+                result = torch.empty(shape, **like, memory_format=torch.channels_last_3d)
+            result[:, :, begin:end] = y
+            del y  # or it would lie beside the next piece
+            settled.append(frozenset(walk.settled or ()))
+        if walk.settled is not None:  # a past is as it was where no piece has changed it
+            walk.settled.intersection_update(*settled)
+        return result
+
+    def _pass(self, x: Tensor, walk: Walk) -> Tensor:
+        for layer in self:
+            x = layer(x, walk)
+        return x
 
 
 def _in_pieces(layers: list[nn.Module], x: Tensor, walk: Walk, size: int) -> Tensor:

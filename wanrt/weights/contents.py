@@ -20,7 +20,9 @@ from wanrt.weights.names import Source
 from wanrt.weights.quantised import PlainReader, check_formats, scale_of
 
 CPU = torch.device("cpu")
+TOKEN_TABLE = "token_embedding.weight"
 LARGE_TABLE = 64 << 20  # bytes
+_QUANTISED_AT_ONCE = 1 << 20  # numbers
 # CLIP's last block and what follows it are in the files but not in the module.
 _UNUSED = re.compile(r"post_norm\.|transformer\.(\d+)\.")
 
@@ -88,38 +90,76 @@ class Weights:
         stored = self.checkpoint.tensors[self.sources[name].stored[0]].dtype
         return stored if stored.is_floating_point and stored.itemsize > 1 else torch.bfloat16
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def read(self, name: str, device: torch.device = CPU, out: Tensor | None = None) -> Tensor:
         """A tensor of the module. Eight-bit weights are made on `device`, others read to the CPU.
 
-        A scale is known once its weight was read.
+        A scale is known once its weight was read. See `read_into` for `out`.
         """
         if name not in self.sources:
             return self._scales[name]
         if name in self._packed:
             return self._read_packed(name)
         if name not in self.formats:
-            return self.plain(name, self.plain_dtype(name))
-        values, self._scales[scale_of(name)] = self._quantized(name, self.formats[name], device)
+            return self.plain(name, self.plain_dtype(name), out)
+        form = self.formats[name]
+        values, self._scales[scale_of(name)] = self._quantized(name, form, device, out)
         return values
+
+    def read_into(self, out: Tensor, name: str, device: torch.device = CPU) -> None:
+        """A tensor of the module into memory of the CPU, with no copy of it beside where that can
+        be: large ones that are not packed, and those that are stored in eight bits."""
+        found = self.read(name, device, out)
+        if found.data_ptr() != out.data_ptr():
+            out.copy_(found)
 
     def stored_form(self, name: str, form: LinearFormat) -> LinearFormat:
         """A weight that is stored in eight bits stays as it is."""
         (stored,) = self.sources[name].stored
         return self._reader.stored_form(stored, form)
 
-    def _quantized(self, name: str, form: LinearFormat, device: torch.device) -> Quantized:
+    def _quantized(
+        self, name: str, form: LinearFormat, device: torch.device, out: Tensor | None
+    ) -> Quantized:
         """As it is stored, where that is the format; else made of the plain weight."""
         (stored,) = self.sources[name].stored
         with self._lock:
             found = self._reader.read_quantised(stored, form.dtype)
         if found is None:
-            plain = self.plain(name, torch.float32)
-            found = quantize_weight(plain.to(device), form.dtype, form.rotated)
+            found = self.quantized(name, form, device, out)
         elif name in self._unchecked:
             for numbers in (found.scale, found.values.bfloat16()):  # fp8 has a NaN of its own
                 _check_finite(self.checkpoint, self.sources[name], numbers)
             self._unchecked.remove(name)
         return found
+
+    def quantized(
+        self,
+        name: str,
+        form: LinearFormat,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
+    ) -> Quantized:
+        """Made on `device` of the plain weight, some rows at a time, each with its own scale.
+
+        out: memory for the values. Peak: the result, and 16 bytes for each number of these rows:
+        16 MiB.
+        """
+        (stored,) = self.sources[name].stored
+        num, columns = self.checkpoint.tensors[stored].shape
+        values = out
+        if values is None:
+            values = torch.empty(num, columns, dtype=form.dtype, device=device)
+        scale, step = torch.empty(num, 1, device=device), max(1, _QUANTISED_AT_ONCE // columns)
+        for begin in range(0, num, step):
+            rows = range(begin, min(begin + step, num))
+            with self._lock:
+                plain = self._reader.read(stored, torch.float32, rows)
+            if name in self._unchecked:
+                _check_finite(self.checkpoint, self.sources[name], plain)
+            made = quantize_weight(plain.to(device), form.dtype, form.rotated)
+            values[begin : rows.stop], scale[begin : rows.stop] = made
+        self._unchecked.discard(name)
+        return Quantized(values, scale)
 
     def _read_packed(self, name: str) -> Tensor:
         source = self.sources[name]
@@ -135,12 +175,12 @@ class Weights:
     ) -> Tensor:
         return change(self.plain(name, torch.float32).to(device)).to(self.dtype_of(name))
 
-    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, whatever the module's and whatever the file's."""
+    def plain(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype`, whatever the module's and the file's; in `out`, if given."""
         source = self.sources[name]
         shape = shape_of(source, self.checkpoint.tensors)
         with self._lock:
-            tensor = _read(self._reader, source, shape, dtype)
+            tensor = _read(self._reader, source, shape, dtype, out)
         if name in self._unchecked:
             _check_finite(self.checkpoint, source, tensor)
             self._unchecked.remove(name)
@@ -148,7 +188,7 @@ class Weights:
 
     def is_large_table(self, name: str) -> bool:
         """A token table of which a prompt needs few rows."""
-        return name == "token_embedding.weight" and self.num_bytes(name) > LARGE_TABLE
+        return name == TOKEN_TABLE and self.num_bytes(name) > LARGE_TABLE
 
     def rows(self, name: str, ids: list[int]) -> Tensor:
         """Some rows of a table, in this order."""
@@ -182,11 +222,15 @@ def match(module: nn.Module, checkpoint: Checkpoint, found: Detected) -> dict[st
 
 
 def _read(
-    reader: PlainReader, source: Source, shape: tuple[int, ...], dtype: torch.dtype
+    reader: PlainReader,
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     if len(source.stored) == 1:
-        return reader.read(source.stored[0], dtype).view(shape)
-    fused, row = torch.empty(shape, dtype=dtype), 0
+        return reader.read(source.stored[0], dtype, out=out).view(shape)
+    fused, row = torch.empty(shape, dtype=dtype) if out is None else out, 0
     for name in source.stored:
         part = reader.read(name, dtype)
         fused[row : row + len(part)] = part

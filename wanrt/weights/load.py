@@ -86,14 +86,13 @@ def load_component(
         if placement is not None and weights.is_large_table(name):
             _replace_table(module, name, weights, device)
         elif stream is None or stream.waits_in_memory(name) or not stream.streams(name):
-            if changes and name in changes:
-                tensor = weights.read_changed(name, changes[name], device)
-            else:
-                tensor = weights.read(name, device)
             if stream is not None and stream.streams(name):
-                stream.hold(name, tensor)
-            else:
+                weights.read_into(stream.place_of(name), name, device)
+            elif changes and name in changes:
+                tensor = weights.read_changed(name, changes[name], device)
                 assign(module, name, _place(tensor, kind, device))
+            else:
+                assign(module, name, _place(weights.read(name, device), kind, device))
         done += weights.num_bytes(name)
         if progress:
             progress(done, weights.total)

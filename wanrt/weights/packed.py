@@ -1,4 +1,4 @@
-"""What a transformer takes in memory while its matrices stay as a GGUF file packs them."""
+"""What blocks take in memory while their matrices stay as a GGUF file packs them."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 
 from wanrt.memory.offload import lay_out
 from wanrt.memory.packed_bytes import PackedWeights
-from wanrt.weights.contents import Weights
+from wanrt.weights.contents import TOKEN_TABLE, Weights
 from wanrt.weights.detect import Detected
 from wanrt.weights.load import skeleton
 
@@ -29,27 +29,34 @@ def packed_weights(files: Sequence[Detected], dtype: torch.dtype) -> PackedWeigh
     )
 
 
+def packed_text_encoder(found: Detected, dtype: torch.dtype) -> PackedWeights | None:
+    """Of a text encoder; None where it packs nothing. Reads headers. Raises FormatError."""
+    return _packed(found, dtype)
+
+
 def _packed(found: Detected, dtype: torch.dtype) -> PackedWeights | None:
-    """As `load_component` lays it out where blocks stream."""
+    """As `load_component` lays it out where blocks stream; a large table stays in its file."""
     if not any(info.packing for info in found.open().tensors.values()):
         return None
-    module = skeleton("dit", found.spec, dtype=dtype)
+    assert found.kind in ("dit", "umt5"), f"{found.kind=}"
+    module = skeleton(found.kind, found.spec, dtype=dtype)
     plain = {name: weight.numel() for name, weight in module.named_parameters()}
     weights = Weights(module, found, dtype, check=False)
     weights.keep_packed(module, (), tables=False)
-    blocks, texts = (
+    blocks, *apart = (
         [lay_out(module, visit, weights.dtype_of) for visit in visits] for visits in module.visits()
     )
+    texts = [places for visits in apart for places in visits]
     visited = {name for places in (*blocks, *texts) for name in places}
-    others = [name for name in plain if name not in visited]
+    others = [n for n in plain if n not in visited and not weights.is_large_table(n)]
     unpacked = [
         plain[name] * weights.plain_dtype(name).itemsize
         for name in others
-        if weights.stays_packed(name)
+        if weights.stays_packed(name) and name != TOKEN_TABLE
     ]
     return PackedWeights(
         tuple(max(place.stop for place in places.values()) for places in blocks),
-        max(place.stop for places in texts for place in places.values()),
+        max((place.stop for places in texts for place in places.values()), default=0),
         sum(module.get_parameter(n).numel() * weights.dtype_of(n).itemsize for n in others),
         any(weights.stays_packed(name) for name in visited),
         max(unpacked, default=0),

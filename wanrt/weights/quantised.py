@@ -48,17 +48,26 @@ class PlainReader:
         self._stored = torch.from_numpy(np.empty(_PIECE * 4, np.uint8))
         self._product = torch.from_numpy(np.empty(_PIECE, np.float32))
 
-    def read(self, name: str, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        rows: range | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The tensor, or these rows of it (step 1), in `dtype`. Peak: the result.
 
-        A product with a scale is made in fp32.
+        out: contiguous memory of `dtype` and of as many numbers, for the result. A product with a
+        scale is made in fp32.
         """
         info = self._checkpoint.tensors[name]
         scale = _scale(self._checkpoint, name) if info.packing is None else None
         if info.packing is None and ((scale is None and info.dtype == dtype) or not info.shape):
-            return self._checkpoint.read(name, rows).to(dtype)
+            buffer = None if out is None or info.dtype != dtype else out.view(-1).view(torch.uint8)
+            return self._checkpoint.read(name, rows, buffer).to(dtype)
         wanted = range(info.shape[0]) if rows is None else rows
-        plain = torch.empty(len(wanted), *info.shape[1:], dtype=dtype)
+        shape = (len(wanted), *info.shape[1:])
+        plain = torch.empty(shape, dtype=dtype) if out is None else out.view(shape)
         step = max(1, _PIECE * info.shape[0] // max(1, info.numel))
         for start in range(wanted.start, wanted.stop, step):
             part = range(start, min(start + step, wanted.stop))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import OutputError
-from wanrt.kernels.torch_quantize import quantize_weight
 from wanrt.models.eight_bit import policy_formats
 from wanrt.quant.formats import LinearFormat
 from wanrt.quant.policy import WEIGHTS, EightBit
@@ -120,7 +119,7 @@ class _Source:
 
     def _make(self, name: str) -> Tensor:
         form = self.formats[name]
-        made = quantize_weight(self._weights.plain(name, torch.float32), form.dtype, form.rotated)
+        made = self._weights.quantized(name, form)
         self._last = (name, made.scale)
         return made.values
 
