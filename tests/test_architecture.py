@@ -46,6 +46,7 @@ LINES = {
             "wanrt.weights.packed",
             "wanrt.weights.quantize",
             "wanrt.weights.random",
+            "wanrt.weights.static_convs",
             "wanrt.weights.vocabulary",
             "wanrt.engine",
         ),

@@ -14,7 +14,7 @@ from wanrt.progress import Bars
 from wanrt.quant.policy import EightBit
 from wanrt.weights.hub import resolve_model
 from wanrt.weights.parts import find_parts
-from wanrt.weights.quantize import rewrite_model
+from wanrt.weights.quantize import Written, rewrite_model
 
 
 def quantize(
@@ -39,6 +39,13 @@ def quantize(
             if as_json:
                 print(json.dumps(asdict(one) | {"path": str(one.path)}), flush=True)
             else:
-                count = one.num_quantised
-                held = f"{count} matrices in {precision}" if count else "as it was"
+                held = _held(one, precision)
                 print(f"{one.path}: {gib(one.before)} -> {gib(one.after)}, {held}", flush=True)
+
+
+def _held(one: Written, precision: str) -> str:
+    """What became of a part, in words."""
+    if one.num_quantised:
+        what = "convolutions of the decoder" if one.part == "vae" else "matrices"
+        return f"{one.num_quantised} {what} in {precision}"
+    return "as it was (a VAE has no fp8 form)" if one.part == "vae" else "as it was"
