@@ -61,6 +61,7 @@ LINES = {
             "wanrt.components",
             "wanrt.conditions",
             "wanrt.denoiser",
+            "wanrt.dtypes",
             "wanrt.identity",
             "wanrt.loras",
             "wanrt.planning",

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,8 +157,7 @@ def check_bars(given: quality_vae.Subject) -> None:
 
 
 def test_nano_keeps_the_bars() -> None:
-    path = Path(NANO_WEIGHTS) / "vae.safetensors"
-    check_bars(quality_vae.trained(path, clips=2))
+    check_bars(quality_vae.trained(NANO_WEIGHTS / "vae.safetensors", clips=2))
 
 
 @pytest.mark.slow
