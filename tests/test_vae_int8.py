@@ -96,7 +96,13 @@ def test_no_bit_depends_on_chunks_or_bands(dtype: torch.dtype) -> None:
     whole = result.decode(z, chunk=5)
     assert torch.equal(result.decode(z, chunk=2), whole)
     first, state = next(result.decode_chunks(z))
-    assert torch.equal(result.decode(z, work=VaeWork(chunk=2, band=2)), whole)
+    for work in (
+        VaeWork(chunk=2, band=2),
+        VaeWork(chunk=1, frames=1),
+        VaeWork(chunk=1, frames=1, host=True),
+        VaeWork(chunk=1, band=2, frames=1, order="bands"),
+    ):
+        assert torch.equal(result.decode(z, work=work), whole), work
     rest = [frames for frames, _ in result.decode_chunks(z[:, :, 1:], state)]
     assert torch.equal(torch.cat([first, *rest], 2), whole)
 

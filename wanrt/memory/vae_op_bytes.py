@@ -13,6 +13,9 @@ PIECE = 1 << 21  # kernels/torch_conv.py: elements of input that go through a co
 SCORES = 1 << 24  # models/vae_layers.py: attention scores at once
 
 
+_BIAS = 8  # bytes for each output: models/vae_layers.py makes int8 convolutions a bias
+
+
 class Clip(NamedTuple):
     """The shape of an activation; `cropped`: a view of more rows."""
 
@@ -81,7 +84,8 @@ class TorchOps:
         sums, result = 4 * conv.out * x.rows * (x.width + 2), 4 * conv.out * x.pixels
         made = 0 if conv.in_place else conv.out * x.pixels * x.frames * self.element_size
         made += 27 * conv.out * x.channels
-        return frames + max(quantising, made + max(2 * sums, sums + result, 2 * x.frame))
+        inside = made + max(2 * sums, sums + result, 2 * x.frame)
+        return _BIAS * conv.out + frames + max(quantising, inside)
 
     def upsample(self, x: Clip, out: int) -> int:
         e = self.element_size
@@ -133,7 +137,7 @@ class TritonOps:
         frames = 0 if conv.in_place else conv.out * x.pixels * x.frames
         scattered = x.size * self.element_size if x.scattered else 0
         convolving = frames * self.element_size + conv.out * x.channels * 27 + conv.past * x.frame
-        return x.size + max(scattered, convolving)
+        return _BIAS * conv.out + x.size + max(scattered, convolving)
 
     def upsample(self, x: Clip, out: int) -> int:
         return (4 * out * x.pixels * x.frames + 25 * out * x.channels) * self.element_size

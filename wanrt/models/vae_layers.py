@@ -207,11 +207,14 @@ class Int8CausalConv3d(nn.Module):
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """See CausalConv3d."""
+        """See CausalConv3d. Where `residual` is beside x, x goes nowhere else, and int8 has no NaN:
+        what is not finite in x shows in the bias, and so in all results."""
         assert self.scale.dtype == self.step.dtype == torch.float32, f"{self.scale.dtype=}"
         weight = QuantizedConv(*(getattr(self, name) for name in QuantizedConv._fields))
-        history = walk.history(self.slot, x.device)
-        y, kept = walk.ops.causal_conv3d_int8(x, weight, self.bias, history, gamma, residual, out)
+        bias, history = self.bias, walk.history(self.slot, x.device)
+        if residual is not None:
+            bias = bias + 0 * torch.linalg.vector_norm(x, torch.inf)
+        y, kept = walk.ops.causal_conv3d_int8(x, weight, bias, history, gamma, residual, out)
         walk.keep(self.slot, kept)
         return walk.trim(y)
 
