@@ -127,6 +127,14 @@ def test_what_quantize_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             main(["quantize", "nano", "-o", str(tmp_path / precision), "--precision", precision])
         lines = capsys.readouterr().out.splitlines()
         assert stop.value.code == 0 and said in next(line for line in lines if "vae" in line)
+    with pytest.raises(SystemExit):
+        main(
+            ["quantize", "nano", "-o", str(tmp_path / "plain"), "--precision", "int8"]
+            + ["--plain-vae", "--json"]
+        )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (vae,) = [line for line in lines if line["part"] == "vae"]
+    assert vae["num_quantised"] == 0 and Path(vae["path"]).name == "vae.safetensors"
 
 
 @pytest.mark.parametrize(

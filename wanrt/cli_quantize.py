@@ -21,6 +21,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="An id, a folder, a file or a repository.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     precision: Annotated[str, typer.Option(help="int8 or fp8.")],
+    plain_vae: Annotated[
+        bool, typer.Option("--plain-vae", help="Leave the VAE as it is in int8, too.")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never download.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file.")] = False,
 ) -> None:
@@ -34,7 +37,8 @@ def quantize(
         raise UsageError(f"{out} is the model itself; choose another folder")
     spec = identify(parts.found["dit"], parts.low_noise is not None, f"{model} {path} {parts.dit}")
     with Bars(quiet=as_json) as bars:
-        for one in rewrite_model(parts, spec.id, out, precision, bars.report):
+        asked = (parts, spec.id, out, precision, bars.report)
+        for one in rewrite_model(*asked, plain_vae=plain_vae):
             bars.finish()
             if as_json:
                 print(json.dumps(asdict(one) | {"path": str(one.path)}), flush=True)
@@ -48,4 +52,5 @@ def _held(one: Written, precision: str) -> str:
     if one.num_quantised:
         what = "convolutions of the decoder" if one.part == "vae" else "matrices"
         return f"{one.num_quantised} {what} in {precision}"
-    return "as it was (a VAE has no fp8 form)" if one.part == "vae" else "as it was"
+    fp8_vae = one.part == "vae" and precision == "fp8"
+    return "as it was (a VAE has no fp8 form)" if fp8_vae else "as it was"
