@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from wanrt.bench.pictures import closeness, psnr, ssim
-from wanrt.config import Precision, VaePrecision
+from wanrt.config import Precision
 from wanrt.nano.language import Scene, held_out_prompts
 from wanrt.nano.scorer import agreement, score
-from wanrt.pipeline import Pipeline, Run
+from wanrt.pipeline import Pipeline
 
 
 class Mode(NamedTuple):
-    """A precision, whether attention has its eight-bit form, and the VAE's precision."""
+    """A precision, and whether attention has its eight-bit form."""
 
     precision: Precision
     attention: bool = True
-    vae: VaePrecision = "auto"
 
 
 MODES = {
@@ -34,9 +33,6 @@ MODES = {
     "int8 with plain attention": Mode("int8", attention=False),
     "fp8": Mode("fp8"),
     "fp8 with plain attention": Mode("fp8", attention=False),
-    "VAE bf16": Mode("fp32", vae="bf16"),
-    "VAE fp16": Mode("fp32", vae="fp16"),
-    "VAE int8": Mode("fp32", vae="int8"),
 }
 
 
@@ -73,13 +69,10 @@ def rows(modes: Iterable[str], num_prompts: int) -> Iterator[Row]:
     seen = {name: _Seen() for name in modes}
     verdicts = []
     for i, scene in enumerate(held_out_prompts(num_prompts)):
-        run, expected = _denoise(plain, scene, i)
-        frames = _decode(plain, run, expected)
+        expected, frames = _generate(plain, scene, i)
         verdicts.append(_right(scene, frames))
         for name, pipe in pipes.items():
-            same = MODES[name].precision == "fp32"  # it changes the VAE alone
-            own, latents = (run, expected) if same else _denoise(pipe, scene, i)
-            made = _decode(pipe, own, latents)
+            latents, made = _generate(pipe, scene, i)
             _note(seen[name], latents, expected, made, frames)
             seen[name].right.append(_right(scene, made))
     for name, one in seen.items():
@@ -97,20 +90,17 @@ def rows(modes: Iterable[str], num_prompts: int) -> Iterator[Row]:
 
 
 def _open(mode: Mode) -> Pipeline:
-    pipe = Pipeline.load("nano", precision=mode.precision, vae_precision=mode.vae, device="cpu")
+    pipe = Pipeline.load("nano", precision=mode.precision, device="cpu")
     if not mode.attention:
         for block in pipe.components.dit().blocks:
             block.attend = block.ops.attention
     return pipe
 
 
-def _denoise(pipe: Pipeline, scene: Scene, seed: int) -> tuple[Run, Tensor]:
+def _generate(pipe: Pipeline, scene: Scene, seed: int) -> tuple[Tensor, np.ndarray]:
     run = pipe.start(scene.caption(), seed=seed)
-    return run, pipe.denoise(run)
-
-
-def _decode(pipe: Pipeline, run: Run, latents: Tensor) -> np.ndarray:
-    return np.concatenate(list(pipe.decode(run, latents)))
+    latents = pipe.denoise(run)
+    return latents, np.concatenate(list(pipe.decode(run, latents)))
 
 
 def _right(scene: Scene, frames: np.ndarray) -> bool:

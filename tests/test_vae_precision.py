@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wanrt.bench import quality_frames
 from wanrt.cli import main
 from wanrt.config import MODELS
 from wanrt.errors import BudgetError, FormatError, UsageError
@@ -171,6 +172,15 @@ def test_a_convolution_that_takes_no_int8(name: str, int8_folder: Path, tmp_path
     save_file(tensors, tmp_path / "vae.safetensors", metadata=metadata)
     with pytest.raises(FormatError, match=name.replace(".", r"\.")):
         load_component(tmp_path / "vae.safetensors", "vae", eight_bit="int8")
+
+
+def test_a_matrix_has_no_such_format(int8_folder: Path, tmp_path: Path) -> None:
+    """Nor has it when it is widened."""
+    tensors, metadata = opened(find_parts(int8_folder).dit)
+    metadata["wanrt_formats"] = json.dumps({"blocks.0.ffn.0": "int8-static"})
+    save_file(tensors, tmp_path / "dit.safetensors", metadata=metadata)
+    with pytest.raises(FormatError, match=r"blocks\.0\.ffn\.0\.weight is no convolution"):
+        load_component(tmp_path / "dit.safetensors", "dit")
 
 
 def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -386,6 +396,15 @@ def test_decoding_holds_less(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "wan2.1-t2v-14b", "--size", "1280x720", "--vae-precision", "int8"])
     assert "bf16, VAE int8: peak" in capsys.readouterr().out
+
+
+def test_whole_requests_are_measured() -> None:
+    """Frames of 8 bits: fp16 rounds few of them otherwise, and the scorer reads what it read."""
+    found = {row.vae: row for row in quality_frames.rows(1)}
+    assert set(found) == {"bf16", "fp16", "int8"}
+    for row in found.values():
+        assert row.verdict == row.verdict_fp32 and row.psnr == row.least_psnr >= 45
+    assert found["fp16"].psnr > found["bf16"].psnr
 
 
 def test_a_vae_without_an_encoder_is_named(tmp_path: Path) -> None:

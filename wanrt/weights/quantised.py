@@ -129,6 +129,8 @@ def static_convs(checkpoint: Checkpoint) -> list[str]:
 def input_step(checkpoint: Checkpoint, name: str) -> Tensor:
     """Of the input channels of such a convolution's weight, fp32 [C]. Raises FormatError."""
     stored = f"{name.removesuffix('.weight')}.{INPUT_STEP}"
+    if len(checkpoint.tensors[name].shape) != 5:
+        raise FormatError(checkpoint.path, f"{name} is no convolution over time")
     found, channels = checkpoint.tensors.get(stored), checkpoint.tensors[name].shape[1]
     if found is None or found.shape != (channels,) or found.dtype != torch.float32:
         raise FormatError(checkpoint.path, f"{stored} is not fp32 [{channels}]", "write it again")
