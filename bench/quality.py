@@ -1,7 +1,8 @@
 """`wanrt bench quality`: the numerical contract of every precision, measured on the CPU.
 
-Three parts: `layers` (each kind of layer in each format), `requests` (nano's latents, pictures and
-the scorer's verdicts) and `vae` (decoders). Printed as JSON lines, or written into docs/quality.md.
+Four parts: `layers` (each kind of layer in each format), `requests` (nano's latents, pictures and
+the scorer's verdicts), `vae` (decoders) and `frames` (requests whose VAE alone changes). Printed as
+JSON lines, or written into docs/quality.md.
 """
 
 import json
@@ -10,13 +11,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wanrt.bench import quality_layers, quality_requests, quality_vae
+from wanrt.bench import quality_frames, quality_layers, quality_requests, quality_vae
 from wanrt.bench.measure import machine
 from wanrt.bench.memory import insert
 from wanrt.errors import UsageError
 
 TABLES: dict[str, Callable[[Sequence[Any]], str]] = {"layers": quality_layers.table}
-_UNITS = {"db": "dB", "psnr": "PSNR, dB", "ssim": "SSIM"}
+_UNITS = {"db": "dB", "psnr": "PSNR, dB", "least_psnr": "least PSNR, dB", "ssim": "SSIM"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Settings], Iterator[Any]]] = {
         list(s.modes) or list(quality_requests.MODES), s.prompts, s.record
     ),
     "vae": lambda s: quality_vae.rows(s.vae, s.size, list(s.variants)),
+    "frames": lambda s: quality_frames.rows(s.prompts),
 }
 
 

@@ -1,8 +1,9 @@
 """What each precision of the VAE's decoder costs, in dB against fp32.
 
-PSNR with peak 2 (pixels lie in [-1, 1]) of a clip decoded frame by frame. Without weights, the
-true-size VAE 2.1 with random ones, its last convolution scaled to results of standard deviation
-0.45. A random network hands on errors that a trained one damps.
+PSNR with peak 2 (pixels lie in [-1, 1]) of a clip decoded frame by frame. Without a file, nano's
+VAE, and the true-size VAE 2.1 with random weights, its last convolution scaled to results of
+standard deviation 0.45. A random network hands on errors that a trained one damps; it is calibrated
+with noise like what it decodes, the trained one as `wanrt quantize` does it.
 """
 
 import math
@@ -19,13 +20,15 @@ from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
 from wanrt.kernels import reference_vae
 from wanrt.models.vae import WanVAE
+from wanrt.models.vae_calibration import calibration_latents
 from wanrt.models.vae_int8 import calibrate, default_convs, quantize_vae
 from wanrt.models.vae_layers import TORCH, Int8CausalConv3d, VaeOps
 from wanrt.nano.train_vae import render_batch
 from wanrt.quant.conv_int8 import Range, StaticInt8
+from wanrt.weights.hub import NANO_WEIGHTS
 from wanrt.weights.load import load_component
 
-BARS = {"int8": 45.0, "fp16-sums": 60.0}  # dB
+BARS = {"int8": 45.0, "fp16-accumulate": 60.0}  # dB
 STD = 0.45  # of a random VAE's results, before they are clamped
 # The reference's ops are fp32 inside and take fp16 on any CPU at the speed of fp32.
 EXACT = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))._replace(
@@ -64,8 +67,16 @@ def rows(weights: Path | None, size: str, variants: list[str]) -> Iterator[Row]:
     if not (width.isdigit() and height.isdigit()) or int(width) % 8 or int(height) % 8:
         raise UsageError(f"size {size!r}: write WIDTHxHEIGHT in multiples of 8, as 48x48")
     with torch.inference_mode():
-        given = trained(weights) if weights else random(int(height) // 8, int(width) // 8)
-        yield from measure(given, variants or list(VARIANTS))
+        subjects = (
+            [lambda: trained(weights)]
+            if weights
+            else [
+                lambda: random(int(height) // 8, int(width) // 8),
+                lambda: trained(NANO_WEIGHTS / "vae.safetensors", "nano VAE"),
+            ]
+        )
+        for make in subjects:
+            yield from measure(make(), variants or list(VARIANTS))
 
 
 def measure(given: Subject, variants: list[str]) -> Iterator[Row]:
@@ -99,14 +110,14 @@ def random(height: int, width: int) -> Subject:
     return Subject("random VAE 2.1", vae, calibrate(vae, [seen]), latents)
 
 
-def trained(path: Path, clips: int = 4) -> Subject:
-    """A VAE from a file; latents are its own encodings of nano's procedural clips."""
+def trained(path: Path, name: str | None = None, clips: int = 4) -> Subject:
+    """A VAE from a file; what it decodes are its own encodings of nano's procedural clips."""
     vae = load_component(path, "vae")
     assert isinstance(vae, WanVAE)
     rng = np.random.default_rng(0)
-    latents = [vae.encode(render_batch(1, rng)) for _ in range(2 * clips)]
-    evaluated = torch.cat([z[:, :, :3] for z in latents[:clips]])
-    return Subject(path.name, vae, calibrate(vae, latents[clips:]), evaluated)
+    latents = torch.cat([vae.encode(render_batch(1, rng))[:, :, :3] for _ in range(clips)])
+    ranges = calibrate(vae, calibration_latents(vae))
+    return Subject(name or path.name, vae, ranges, latents)
 
 
 def _decode(vae: WanVAE, latents: Tensor) -> tuple[Tensor, int]:
@@ -138,7 +149,7 @@ def _int8(
 VARIANTS: dict[str, Callable[[Subject], WanVAE]] = {
     "bf16": lambda given: _cast(given.vae, torch.bfloat16, EXACT),
     "fp16": lambda given: _cast(given.vae, torch.float16, EXACT),
-    "fp16-sums": lambda given: _cast(
+    "fp16-accumulate": lambda given: _cast(
         given.vae, torch.float16, EXACT._replace(causal_conv3d=fp16_sums.causal_conv3d)
     ),
     "int8": _int8(torch.float16),

@@ -106,7 +106,8 @@ def _write_weights(order: Order, folder: Path, progress: Progress) -> None:
     if order.parts is None or not order.weights:
         return
     if not order.embed:
-        for _ in rewrite_model(order.parts, order.spec.id, folder, order.eight_bit, progress):
+        asked = (order.parts, order.spec.id, folder, order.eight_bit, progress)
+        for _ in rewrite_model(*asked, plain_vae=True):  # its graphs have plain convolutions
             pass
     elif order.parts.tokenizer is not None:
         folder.mkdir(exist_ok=True)

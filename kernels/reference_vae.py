@@ -104,12 +104,16 @@ def quantize_conv_weight(weight: Tensor, step: Tensor, zero: Tensor) -> Quantize
     wide = weight.float() * step[:, None, None, None]
     rows = quantize(wide.flatten(1), torch.int8)
     values = rows.values.view(weight.shape)
+    return QuantizedConv(values, rows.scale[:, 0], step, zero, border_sums(values, zero))
+
+
+def border_sums(values: Tensor, zero: Tensor) -> Tensor:
+    """`QuantizedConv.border`, int32 [3, 4, 4, O], from its values and zero points; exact."""
     sums = (values.double() * zero.double()[:, None, None, None]).sum(1)  # [O, 3, 3, 3]
-    sides = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 1, 0]], device=weight.device)
-    ages = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]], device=weight.device)
+    sides = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 1, 0]], device=values.device)
+    ages = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]], device=values.device)
     seen = [table.double() for table in (ages, sides, sides)]
-    border = torch.einsum("othw,at,rh,cw->arco", sums, *seen)
-    return QuantizedConv(values, rows.scale[:, 0], step, zero, border.int().contiguous())
+    return torch.einsum("othw,at,rh,cw->arco", sums, *seen).int().contiguous()
 
 
 def channel_norm_silu_quantize(x: Tensor, gamma: Tensor, step: Tensor, zero: Tensor) -> Tensor:

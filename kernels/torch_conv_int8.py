@@ -42,7 +42,7 @@ def causal_conv3d_int8(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference_vae`. Peak: int8 frames, and two int32 results of one frame."""
+    """See `reference_vae`. Peak: int8 frames, and three results of one frame in 32 bits."""
     b, c, t, h, w = x.shape
     o = len(weight.values)
     rows = (h + 2) * (w + 2) + 2  # the last tap of the last pixel reads two rows beyond
@@ -50,23 +50,38 @@ def causal_conv3d_int8(
     inner = frames[:, :, :-2].unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1]  # [B, T + 2, H, W, C]
     if history is not None:
         inner[:, :2] = history.movedim(1, -1)
-    q = channel_norm_silu_quantize(x, gamma, weight.step, weight.zero)
-    inner[:, 2:] = q.movedim(1, -1)
+    for j in range(t):
+        inner[:, 2 + j] = _quantize(x[:, :, j], gamma, weight.step, weight.zero).movedim(1, -1)
     taps = weight.values.permute(2, 3, 4, 0, 1).contiguous()  # [3, 3, 3, O, C]
     if out is None:
         shape = (b, o, t, h, w)
         out = torch.empty(
             shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
         )
-    whole = weight.border[0, 0, 0]  # the border is in the frames: no tap sees nothing
     for i in range(b):
         for j in range(t):
-            sums = _sum(frames[i, j : j + 3], taps, h, w + 2) - whole
-            y = sums.unflatten(0, (h, w + 2))[:, :w].float() * weight.scale + bias.float()
-            if residual is not None:
-                y += residual[i, :, j].movedim(0, -1)
-            out[i, :, j] = y.movedim(-1, 0)
+            beside = None if residual is None else residual[i, :, j]
+            out[i, :, j] = _frame(frames[i, j : j + 3], taps, weight, bias, beside, (h, w))
     return out, inner[:, t:].movedim(-1, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _frame(
+    frames: Tensor,
+    taps: Tensor,
+    weight: QuantizedConv,
+    bias: Tensor,
+    residual: Tensor | None,
+    size: tuple[int, int],
+) -> Tensor:
+    """frames [3, rows, C], residual [O, H, W] -> fp32 [O, H, W]."""
+    h, w = size
+    whole = weight.border[0, 0, 0]  # the border is in the frames: no tap sees nothing
+    sums = _sum(frames, taps, h, w + 2).sub_(whole)
+    y = sums.unflatten(0, (h, w + 2))[:, :w] * weight.scale
+    y += bias
+    if residual is not None:
+        y += residual.movedim(0, -1)
+    return y.movedim(-1, 0)
 
 
 def _sum(frames: Tensor, taps: Tensor, height: int, stride: int) -> Tensor:
@@ -75,9 +90,10 @@ def _sum(frames: Tensor, taps: Tensor, height: int, stride: int) -> Tensor:
     for frame, planes in zip(frames, taps, strict=True):
         for dh in range(3):
             for dw in range(3):
-                start = dh * stride + dw
-                part = multiply_int8(frame[start : start + length], planes[dh, dw])
+                seen = frame[dh * stride + dw :][:length]
+                part = multiply_int8(seen, planes[dh, dw])
                 total = part if total is None else total.add_(part)
+                del part  # or it would be there while the next one is made
     assert total is not None
     return total
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_vaes import make_empty_int8
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,7 +31,8 @@ from wanrt.memory.placement import TYPICAL, Ask
 from wanrt.memory.plan import make_plan, plan_for_any_text
 from wanrt.memory.question import Question
 from wanrt.memory.text_bytes import clip_weights, umt5_weights
-from wanrt.memory.vae_costs import vae_weights
+from wanrt.memory.vae_costs import vae_weight_bytes
+from wanrt.memory.vae_formats import VAE_FORMATS
 from wanrt.models.dit import Block, CrossKV, TextCache, TimeEmbedding, WanDiT
 from wanrt.models.eight_bit import make_eight_bit, policy_formats
 from wanrt.models.layers import Chosen, Ops
@@ -89,10 +91,22 @@ def test_weights_are_counted_to_the_byte(model: str, precision: str) -> None:
     umt5 = skeleton("umt5", spec.umt5)
     table = umt5.token_embedding.weight.numel() * dtype.itemsize
     assert num_bytes(umt5, dtype) - table == umt5_weights(spec.umt5, dtype.itemsize).total
-    assert num_bytes(skeleton("vae", spec.vae), torch.float32) == 4 * vae_weights(spec.vae)
+    vae = num_bytes(skeleton("vae", spec.vae), dtype)
+    assert vae == vae_weight_bytes(spec.vae, VAE_FORMATS[precision])
     if spec.clip:
         clip = skeleton("clip", spec.clip)
         assert num_bytes(clip, dtype) == clip_weights(spec.clip, dtype.itemsize).total
+
+
+@pytest.mark.parametrize("name", ["int8", "int8/fp32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_an_int8_vae_is_counted_to_the_byte(model: str, name: str) -> None:
+    """Everything that an int8 convolution keeps has its own dtype; the rest has the VAE's."""
+    spec, form = MODELS[model].vae, VAE_FORMATS[name]
+    vae = skeleton("vae", spec)
+    make_empty_int8(vae)
+    plain = sum(p.numel() for p in vae.parameters()) * form.element
+    assert plain + sum(b.nbytes for b in vae.buffers()) == vae_weight_bytes(spec, form)
 
 
 def ops_of(backend: str, kind: type[Chosen] = Ops) -> Chosen:
@@ -274,7 +288,7 @@ def test_the_1_3b_stays_whole_in_5_gb() -> None:
 @pytest.mark.parametrize("size,gigabytes", [((832, 480), 3), ((1280, 720), 6)])
 def test_decoding_whole_frames_in_16_bits_is_small(size: tuple[int, int], gigabytes: int) -> None:
     spec, ask = MODELS["wan2.1-t2v-14b"], Ask(*size, 81)
-    options = list(decode_options(spec, ask, FORMATS["bf16"], TYPICAL))
+    options = list(decode_options(spec, ask, TYPICAL, VAE_FORMATS["bf16"]))
     whole = [o.phase.peak for o in options if not (o.work.band or o.work.host)]
     assert min(whole) <= gigabytes * 1e9
     assert min(o.phase.peak for o in options if o.work.band) <= 3e9

@@ -69,6 +69,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], list[object], dict[str, Any]]] = 
     "preset": (T2V, {"preset": "causvid"}, ["--preset", "causvid"], {"vram": "64M"}),
     "bf16": (T2V, {}, [], {"vram": "64M", "precision": "bf16"}),
     "int8": (T2V, {}, [], {"vram": "64M", "precision": "int8"}),
+    "vae int8": ("nano", {}, [], {"vram": "45M", "vae_precision": "int8"}),
     "little ram": (T2V, {}, [], {"vram": "64M", "ram": "2100M"}),
     "an image": (T2V, {"num_frames": 1}, ["--frames", 1], {"vram": "64M"}),
     "i2v": (I2V, {"image": "a.png"}, [], {"vram": "64M"}),
@@ -80,6 +81,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], list[object], dict[str, Any]]] = 
 }
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 @pytest.mark.parametrize("case", REQUESTS)
 def test_plan_and_generate_agree(
     case: str, zoo: Any, files: Any, capsys: pytest.CaptureFixture[str]
@@ -89,7 +94,7 @@ def test_plan_and_generate_agree(
     pictures |= {"refs": tuple(files[ref] for ref in given.get("refs", ()))}
     size = {"width": 96, "height": 64}  # the shape of the pictures
     run = zoo.open(model, **loaded).start("a circle", **(SMALL | size | given | pictures))
-    options = [part for name, value in loaded.items() for part in (f"--{name}", value)]
+    options = [part for name, value in loaded.items() for part in (flag(name), value)]
     shape = ["--size", "96x64", *([] if "--frames" in arguments else ["--frames", 9])]
     said = printed(capsys, zoo.path(model), *shape, *arguments, *options)
     assert said == cli_plan.record(run.plan)

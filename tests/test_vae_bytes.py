@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from int8_vaes import make_empty_int8
 from torch import Tensor
 
 from wanrt.config import MODELS, NANO, VaeSpec, VaeWork
-from wanrt.kernels import channel_norm, conv
+from wanrt.kernels import channel_norm, conv, conv_int8
 from wanrt.kernels.torch_conv import rms_norm_channels
 from wanrt.memory.measure import LiveBytes
 from wanrt.memory.vae_byte_walk import Backend
@@ -38,16 +39,19 @@ def measure(
     dtype: torch.dtype,
     work: VaeWork,
     ops: VaeOps,
+    int8: bool = False,
 ) -> VaeBytes:
     """Run the modules on tensors without data, long enough that every cache is full."""
     frames, stride = 3 * (work.chunk or 1), spec.spatial_stride
     with torch.device("meta"), torch.inference_mode():
         vae = WanVAE(spec, ops).to(dtype)
+        if int8:
+            make_empty_int8(vae)
         if side == "decode":
             clip = torch.empty(1, spec.z_dim, frames, size[0] // stride, size[1] // stride)
         else:
             clip = torch.empty(1, 3, 4 * frames - 3, *size)
-        with LiveBytes().ignore(clip, *vae.parameters()) as bytes_:
+        with LiveBytes().ignore(clip, *vae.parameters(), *vae.buffers()) as bytes_:
             for _, state in getattr(vae, f"{side}_chunks")(clip, work=work):
                 caches = cache_bytes(state)
                 del _, state  # who keeps them pays for them
@@ -76,24 +80,59 @@ def test_predicted_bytes_are_those_allocated(
     check(PREDICT[side](spec, *size, 4, work), measured)
 
 
+def ops_of(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> VaeOps:
+    """Triton's kernels allocate as they would, but are not launched."""
+    if backend == "torch":
+        return TORCH
+    for module in (conv, conv_int8, channel_norm):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+    for module in (conv, conv_int8):
+        monkeypatch.setattr(module, "_tile", lambda *args: conv.Tile(128, 64, 0, 32, 4, 4))
+    return TORCH._replace(
+        rms_norm_channels=rms_norm_channels,
+        causal_conv3d=conv.causal_conv3d,
+        causal_conv3d_int8=conv_int8.causal_conv3d_int8,
+        upsample_conv2d=conv.upsample_conv2d,
+        downsample_conv2d=conv.downsample_conv2d,
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_predicted_bytes_of_int8(
+    spec: VaeSpec, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's convolution is 27 products for each frame, which takes long to count."""
+    ops = ops_of(backend, monkeypatch)
+    for size in SIZES if backend == "triton" else SIZES[:1]:
+        for work in WORKS if backend == "triton" else WORKS[1:2]:
+            measured = measure(spec, "decode", size, torch.float16, work, ops, int8=True)
+            check(decode_bytes(spec, *size, 2, work, backend, int8=True), measured)
+
+
+@pytest.mark.parametrize("work", [VaeWork(1), VaeWork(1, band=23)], ids=str)
+def test_predicted_bytes_of_int8_beside_fp32(work: VaeWork) -> None:
+    measured = measure(SPECS["2.1"], "decode", (480, 832), torch.float32, work, TORCH, int8=True)
+    check(decode_bytes(SPECS["2.1"], 480, 832, 4, work, "torch", int8=True), measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_predicted_bytes_of_int8_in_every_way(spec: VaeSpec, size: tuple[int, int]) -> None:
+    for work in WORKS:
+        for dtype in (torch.float16, torch.float32):
+            measured = measure(spec, "decode", size, dtype, work, TORCH, int8=True)
+            check(decode_bytes(spec, *size, dtype.itemsize, work, "torch", int8=True), measured)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("side", PREDICT)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_predicted_bytes_in_16_bits(
     spec: VaeSpec, side: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's kernels allocate as they would, but are not launched."""
-    ops = TORCH
-    if backend == "triton":
-        for module in (conv, channel_norm):
-            monkeypatch.setattr(module, "launch", lambda *args, **options: None)
-        monkeypatch.setattr(conv, "_tile", lambda *args: conv.Tile(128, 64, 0, 32, 4, 4))
-        ops = TORCH._replace(
-            rms_norm_channels=rms_norm_channels,
-            causal_conv3d=conv.causal_conv3d,
-            upsample_conv2d=conv.upsample_conv2d,
-            downsample_conv2d=conv.downsample_conv2d,
-        )
+    ops = ops_of(backend, monkeypatch)
     for work in (VaeWork(1), VaeWork(1, band=16)):
         measured = measure(spec, side, (480, 832), torch.bfloat16, work, ops)
         check(PREDICT[side](spec, 480, 832, 2, work, backend), measured)

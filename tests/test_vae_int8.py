@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +96,13 @@ def test_no_bit_depends_on_chunks_or_bands(dtype: torch.dtype) -> None:
     whole = result.decode(z, chunk=5)
     assert torch.equal(result.decode(z, chunk=2), whole)
     first, state = next(result.decode_chunks(z))
-    assert torch.equal(result.decode(z, work=VaeWork(chunk=2, band=2)), whole)
+    for work in (
+        VaeWork(chunk=2, band=2),
+        VaeWork(chunk=1, frames=1),
+        VaeWork(chunk=1, frames=1, host=True),
+        VaeWork(chunk=1, band=2, frames=1, order="bands"),
+    ):
+        assert torch.equal(result.decode(z, work=work), whole), work
     rest = [frames for frames, _ in result.decode_chunks(z[:, :, 1:], state)]
     assert torch.equal(torch.cat([first, *rest], 2), whole)
 
@@ -158,8 +163,7 @@ def check_bars(given: quality_vae.Subject) -> None:
 
 
 def test_nano_keeps_the_bars() -> None:
-    path = Path(NANO_WEIGHTS) / "vae.safetensors"
-    check_bars(quality_vae.trained(path, clips=2))
+    check_bars(quality_vae.trained(NANO_WEIGHTS / "vae.safetensors", clips=2))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wanrt.errors import NumericsError
+from wanrt.memory.vae_formats import VAE_FORMATS
 from wanrt.models.quantized import QuantizedLinear
 from wanrt.pipeline import Pipeline
 from wanrt.watch import find_culprit, healthy
@@ -125,7 +126,8 @@ def test_a_vae_in_fp16(
 ) -> None:
     """Frames that came out sound are yielded once; the others come from bf16."""
     pipe = zoo.open("nano")
-    pipe.components.dtypes = replace(pipe.components.dtypes, vae=torch.float16)
+    in_fp16 = replace(pipe.components.dtypes, vae_format=VAE_FORMATS["fp16"])
+    pipe.components.dtypes = in_fp16
     skips = []
 
     def decoded(self: Pipeline, vae: nn.Module, z: Tensor, skip: int) -> Iterator[Tensor]:
@@ -139,7 +141,7 @@ def test_a_vae_in_fp16(
     assert video.np.shape[0] == 5
     assert skips == [(0, torch.float16), (1, torch.bfloat16)]
     assert "latent frame 2 gave NaN" in caplog.text
-    pipe.components.dtypes = replace(pipe.components.dtypes, vae=torch.float32)
+    pipe.components.dtypes = replace(in_fp16, vae_format=VAE_FORMATS["fp32"])
     with pytest.raises(NumericsError, match="is the VAE's file sound"):
         pipe.generate("a red circle", **SETTINGS)
 

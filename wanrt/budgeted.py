@@ -9,12 +9,12 @@ import torch
 
 from wanrt import env
 from wanrt.components import Components
-from wanrt.errors import BudgetError
+from wanrt.errors import BudgetError, NumericsError
 from wanrt.kernels import registry
 from wanrt.memory.budget import enough, gib
 from wanrt.memory.card import enforce, free_bytes
 from wanrt.memory.placement import Machine
-from wanrt.memory.plan import Plan, plan_for_any_text, step_down
+from wanrt.memory.plan import Plan, make_plan, plan_for_any_text, relearned, step_down
 from wanrt.planning import CPU, Budgets, question_of
 from wanrt.request import Request
 
@@ -62,6 +62,7 @@ def plan_request(
         packed=components.packed,
         packed_text=components.packed_text,
         engines=components.engine_bytes,
+        vae=components.dtypes.vae_format,
     )
     vram = free_bytes(device) if budgets.vram is None else budgets.vram
     plan = plan_for_any_text(question, vram, components.lessons)
@@ -107,6 +108,31 @@ def within_memory(
         components.learn(plan.lessons)
         components.clear()
         components.follow(plan)
+
+
+def up_to_date(plan: Plan, components: Components) -> Plan:
+    """The plan with what refusals have taught, for the VAE as it now keeps its numbers.
+
+    Raises BudgetError where that does not fit.
+    """
+    vae, lessons = components.dtypes.vae_format, plan.lessons.merged(components.lessons)
+    if plan.question.vae in (None, vae):
+        return relearned(plan, lessons)
+    return make_plan(replace(plan.question, vae=vae), plan.budget, lessons)
+
+
+def make_vae_safer(components: Components, where: str) -> None:
+    """After NaN in the VAE: have it one notch safer from now on, by a plan for what it then holds.
+
+    `where` is what messages call it. Raises NumericsError where nothing safer is left, BudgetError
+    where that does not fit.
+    """
+    changed = components.safer("vae")
+    if changed is None:
+        raise NumericsError(f"{where} gave NaN or infinity; is the VAE's file sound?")
+    log.warning("%s gave NaN or infinity; once more: %s", where, changed)
+    if components.plan is not None:
+        components.follow(up_to_date(components.plan, components))
 
 
 def _ran_out(error: RuntimeError) -> bool:

@@ -46,6 +46,7 @@ def _choices(name: str, *values: str) -> type[StrEnum]:
 Task = _choices("Task", "auto", "t2v", "t2i", "i2v", "flf2v", "vace")
 Solver = _choices("Solver", "unipc", "dpm++", "euler")
 Precision = _choices("Precision", "auto", "fp32", "bf16", "fp16", "fp8", "int8")
+VaePrecision = _choices("VaePrecision", "auto", "fp32", "bf16", "fp16", "fp16-accumulate", "int8")
 Device = _choices("Device", "auto", "cuda", "cpu")
 EngineName = _choices("EngineName", "native", "onnxruntime", "tensorrt-rtx")
 Noise = _choices("Noise", "cpu", "cuda")
@@ -106,6 +107,9 @@ def generate(
     precision: Annotated[
         Precision, _in(_MODEL, "auto, fp32, bf16, fp16, fp8 or int8.")
     ] = Precision.auto,
+    vae_precision: Annotated[
+        VaePrecision, _in(_MODEL, "auto, fp32, bf16, fp16, fp16-accumulate or int8.")
+    ] = VaePrecision.auto,
     device: Annotated[Device, _in(_MODEL, "auto, cuda or cpu.")] = Device.auto,
     engine: Annotated[
         EngineName, _in(_MODEL, "native, onnxruntime or tensorrt-rtx.")
@@ -167,6 +171,7 @@ def generate(
             low_noise=low_noise_model,
             loras=lora or (),
             precision=str(precision),
+            vae_precision=str(vae_precision),
             device=str(device),
             engine=str(engine),
             bundle=bundle,

@@ -15,13 +15,22 @@ from rich.table import Table
 
 from wanrt.cli_bundle import card_of
 from wanrt.command import new_app, run
-from wanrt.config import MODELS, GenerateConfig, Precision, WanSpec, find_variant
+from wanrt.config import (
+    MODELS,
+    GenerateConfig,
+    Precision,
+    VaePrecision,
+    WanSpec,
+    find_variant,
+)
 from wanrt.errors import UsageError
 from wanrt.memory.budget import HOST_FIXED, gib
 from wanrt.memory.dit_bytes import FORMATS
 from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
+from wanrt.memory.placement import Machine
 from wanrt.memory.plan import Plan, plan_for_any_text
+from wanrt.memory.vae_formats import VaeFormat, settle_vae
 from wanrt.planning import Budgets, expected_machine, format_of, question_of
 from wanrt.presets import parse_loras
 from wanrt.request import NEEDS, Request, resolve, size_for
@@ -33,13 +42,17 @@ _COLUMNS = ("phase", "weights", "ring", "streamed", "activations", "caches", "pe
 
 
 class _Model(NamedTuple):
-    """What is known of a model before its weights: `format` is that of its numbers."""
+    """What is known of a model before its weights: `format` is that of its numbers.
+
+    vae_int8: the VAE's file is.
+    """
 
     spec: WanSpec
     format: str
     packed: PackedWeights | None = None
     engines: EngineBytes = NATIVE
     packed_text: PackedWeights | None = None
+    vae_int8: bool = False
 
 
 def plan(
@@ -52,6 +65,9 @@ def plan(
     lora: Annotated[list[str] | None, typer.Option(help="FILE; repeatable.")] = None,
     refs: Annotated[int, typer.Option(help="VACE: how many reference images.")] = 0,
     precision: Annotated[str, typer.Option(help=", ".join(get_args(Precision)) + ".")] = "auto",
+    vae_precision: Annotated[
+        str, typer.Option(help=", ".join(get_args(VaePrecision)) + ".")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cuda or cpu; it is not looked at.")] = "cuda",
     vram: Annotated[str | None, typer.Option(help="Budget on the device, as 8G.")] = None,
     ram: Annotated[str | None, typer.Option(help="Budget of host memory, as 32G.")] = None,
@@ -63,6 +79,7 @@ def plan(
     """Say what a request will hold on the device, phase by phase; reads no weights."""
     for name, value, legal in (
         ("precision", precision, get_args(Precision)),
+        ("VAE precision", vae_precision, get_args(VaePrecision)),
         ("device", device, ("cuda", "cpu")),
     ):
         if value not in legal:
@@ -80,17 +97,19 @@ def plan(
     width, height = parse_size(size)
     sampling = {"task": task, "guidance": guidance, "preset": preset, "refs": (0,) * refs}
     asked = _request(known.spec, width=width, height=height, num_frames=frames, **sampling)
+    machine = expected_machine(device)
     question = question_of(
         known.spec,
         asked,
         known.format,
         budgets,
-        expected_machine(device),
+        machine,
         refs=refs,
         lora=_lora_bytes(lora or [], known),
         packed=known.packed,
         packed_text=known.packed_text,
         engines=known.engines,
+        vae=_vae_format(vae_precision, known, machine),
     )
     made = plan_for_any_text(question, budgets.vram)
     if as_json:
@@ -119,8 +138,27 @@ def _stored(model: str, precision: Precision, device: str, offline: bool) -> _Mo
     where = torch.device(device if torch.cuda.is_available() else "cpu")
     name = f"{model} {path} {parts.dit}"
     components = open_parts(parts, name, precision, where, False, lambda *_: None)
+    vae = parts.found.get("vae")
+    form, int8 = components.dtypes.format, vae is not None and vae.precision == "int8"
     packed = {"packed": components.packed, "packed_text": components.packed_text}
-    return _Model(components.spec, components.dtypes.format, **packed)
+    return _Model(components.spec, form, **packed, vae_int8=int8)
+
+
+def _vae_format(asked: VaePrecision, model: _Model, machine: Machine) -> VaeFormat:
+    """How the VAE will keep its numbers. Raises UsageError."""
+    usual = machine.usual_vae(FORMATS[model.format])
+    if model.engines.decode is not None:
+        if asked not in ("auto", usual.name):
+            raise UsageError(
+                f"VAE precision {asked} asked; the bundle has engines of a VAE in {usual.name}"
+            )
+        return usual
+    form = settle_vae(asked, usual.plain, machine.device, model.vae_int8)
+    if form.fp16_sums and (machine.device == "cpu" or not machine.fused):
+        raise UsageError(
+            "VAE precision fp16-accumulate needs Triton's convolution on an NVIDIA GPU; use fp16"
+        )
+    return form
 
 
 def _with_engines(model: _Model, path: Path, card: int, precision: Precision) -> _Model:
@@ -140,7 +178,7 @@ def _with_engines(model: _Model, path: Path, card: int, precision: Precision) ->
     name = held.partition("/")[0]
     if precision not in ("auto", name):
         raise UsageError(f"precision {precision} asked; the bundle {path} is in {name}")
-    return _Model(model.spec, held, None, engines)
+    return _Model(model.spec, held, None, engines, model.vae_int8)
 
 
 def _request(spec: WanSpec, task: str, **settings: Any) -> Request:
@@ -188,7 +226,7 @@ def summary(plan: Plan) -> list[str]:
     budget = "no budget" if plan.budget is None else f"budget {gib(plan.budget)}"
     lines = [
         f"{plan.model} {plan.ask.width}x{plan.ask.height}, {plan.ask.num_frames} frames,"
-        f" {plan.precision}: peak {gib(plan.peak)} of {budget},"
+        f" {plan.precision}{_vae_words(plan)}: peak {gib(plan.peak)} of {budget},"
         f" {gib(plan.fixed)} of it held by the process itself"
     ]
     ram = plan.question.ram
@@ -214,12 +252,20 @@ def summary(plan: Plan) -> list[str]:
     return lines
 
 
+def _vae_words(plan: Plan) -> str:
+    """What is said of the VAE where it is not as usual."""
+    form, question = plan.question.vae_format, plan.question
+    usual = question.machine.usual_vae(FORMATS[question.precision])
+    return "" if form == usual else f", VAE {form.name.partition('/')[0]}"
+
+
 def record(plan: Plan) -> dict[str, Any]:
     """The plan as JSON; bytes."""
     phases = [asdict(phase) | {"peak": plan.fixed + phase.peak} for phase in plan.phases]
     return {
         "model": plan.model,
         "precision": plan.precision,
+        "vae_precision": plan.question.vae_format.name.partition("/")[0],
         **asdict(plan.ask),
         "budget": plan.budget,
         "fixed": plan.fixed,

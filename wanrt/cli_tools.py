@@ -251,11 +251,13 @@ def bench_compile(
 
 
 def bench_quality(
-    part: Annotated[str, typer.Option(help="layers, requests, vae; all by default.")] = "",
+    part: Annotated[str, typer.Option(help="layers, requests, vae, frames; all by default.")] = "",
     modes: Annotated[str, typer.Option(help="Of requests, as int8,fp8; all by default.")] = "",
-    prompts: Annotated[int, typer.Option(help="Of requests.", min=1, max=256)] = 256,
+    prompts: Annotated[int, typer.Option(help="Of requests, frames.", min=1, max=256)] = 256,
     record: Annotated[Path | None, typer.Option(help="Requests' clips; goes on there.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="A VAE's file; random weights if none.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="A VAE's file; nano's, and random weights.")
+    ] = None,
     size: Annotated[str, typer.Option(help="Of the random VAE's clip.")] = "48x48",
     variants: Annotated[str, typer.Option(help="Of the VAE, as bf16,int8; all by default.")] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Page to put it into.")] = None,

@@ -13,27 +13,24 @@ from torch import Tensor, nn
 from wanrt import env
 from wanrt.adapter import Adapter
 from wanrt.clock import Clock
-from wanrt.config import Lora, Precision, Task, WanSpec
+from wanrt.config import Lora, Precision, Task, VaePrecision, WanSpec
+from wanrt.dtypes import Dtypes, choose_dtypes, engine_dtypes
 from wanrt.errors import BudgetError, UsageError
 from wanrt.guidance import Expert
 from wanrt.identity import spec_of
-from wanrt.kernels import registry
-from wanrt.kernels.target import MIN_ARCH_FP8
 from wanrt.loras import Shelf
 from wanrt.memory import host
 from wanrt.memory.budget import enough, gib
-from wanrt.memory.dit_bytes import plain_precision
 from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import Placement
 from wanrt.memory.plan import Plan
 from wanrt.memory.prompt_cache import PromptCache
 from wanrt.memory.question import Lessons
+from wanrt.memory.vae_formats import VAE_FORMATS
 from wanrt.models.eight_bit import safer
 from wanrt.models.tokenizer import Tokenizer
-from wanrt.quant.formats import PLAIN
 from wanrt.quant.policy import EightBit
-from wanrt.weights.detect import Detected
 from wanrt.weights.load import load_component, skeleton
 from wanrt.weights.names import Kind
 from wanrt.weights.packed import packed_text_encoder, packed_weights
@@ -49,69 +46,6 @@ Changes = dict[str, Callable[[Tensor], Tensor]] | None  # of weights, by name
 _WORTH_CACHING = 256 << 20  # bytes of a text encoder
 _LEAST_BYTES = 2  # of a number once it is loaded, whatever its file makes of it
 _KEEP_SHARE = 0.5  # of the memory: models up to this size stay loaded between requests
-
-
-@dataclass(frozen=True)
-class Dtypes:
-    """Weight dtype of each part. On a CPU the VAE is fp32, as it is in the reference.
-
-    With `eight_bit`, the transformer's blocks are int8 or fp8, and `dit` is the dtype of the rest.
-    """
-
-    name: str  # fp32, bf16, fp16, fp8, int8
-    dit: torch.dtype
-    umt5: torch.dtype
-    clip: torch.dtype
-    vae: torch.dtype = torch.float32
-    eight_bit: EightBit | None = None
-
-    @property
-    def format(self) -> str:
-        """Its name in `memory.dit_bytes.FORMATS`."""
-        whole = self.eight_bit and self.dit == torch.float32
-        return f"{self.name}/fp32" if whole else self.name
-
-
-def choose_dtypes(precision: Precision, dit: Detected, device: torch.device) -> Dtypes:
-    """What `auto` means: a quantised file as it is; fp32 for small models, else bf16 matmuls.
-
-    fp8 files are widened where the device does not multiply fp8.
-    """
-    plain = plain_precision(dit.num_params)
-    if precision == "auto":
-        precision = plain
-        if dit.precision == "int8":
-            precision = "int8"
-        elif dit.precision in ("fp8", "fp8_scaled") and _multiplies_fp8(device):
-            precision = "fp8"
-    eight_bit = precision if precision in ("fp8", "int8") else None
-    if eight_bit is None and precision not in PLAIN:
-        choices = "auto, fp32, bf16, fp16, fp8 or int8"
-        raise UsageError(f"precision {precision!r} does not exist; choose {choices}")
-    dtype = PLAIN[plain if eight_bit else precision]
-    text = torch.bfloat16 if dtype == torch.float16 else dtype  # umT5 overflows in fp16
-    cuda = device.type == "cuda"
-    image = dtype if cuda else torch.float32
-    return Dtypes(precision, dtype, text, image, image, eight_bit)
-
-
-def engine_dtypes(engine: "Engine", native: Dtypes, asked: Precision) -> Dtypes:
-    """Those of a bundle's graphs, for the parts that it serves. Raises UsageError."""
-    changes: dict[str, torch.dtype] = {}
-    for kind in ("dit", "umt5", "clip", "vae"):
-        plain = engine.precisions(kind) - {"int8", "fp8"}
-        if plain:
-            (name,) = plain
-            changes[kind] = PLAIN[name]
-    eight = engine.precisions("dit") & {"int8", "fp8"}
-    name = next(iter(eight or engine.precisions("dit") or {native.name}))
-    if asked not in ("auto", name):
-        raise UsageError(f"precision {asked} asked; the bundle {engine.bundle.path} is in {name}")
-    return replace(native, name=name, eight_bit=next(iter(eight), None), **changes)
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and registry.here(device="cuda").arch >= MIN_ARCH_FP8
 
 
 def choose_device(name: str) -> torch.device:
@@ -228,23 +162,34 @@ class Components:
     def safer(self, part: Literal["dit", "vae"]) -> str | None:
         """After NaN: run a part one notch safer from now on. What changed; None: nothing is left.
 
-        Eight-bit transformers give up attention, then activations, in eight bits. fp16, whose
-        numbers end at 65504, becomes bf16; such a part is read again.
+        Eight-bit transformers give up attention, then activations, in eight bits; a VAE its int8
+        convolutions or its sums in fp16. fp16, whose numbers end at 65504, becomes bf16; such a
+        part is read again.
         """
         if self._serves(part):
             return None
-        names = ("dit", "low_noise") if part == "dit" else ("vae",)
-        there = [name for name in names if part == "dit" and name in self._loaded]
+        if part == "vae":
+            return self._safer_vae()
+        there = [name for name in ("dit", "low_noise") if name in self._loaded]
         changed = {name: said for name in there if (said := safer(self._loaded[name]))}
         for name in changed:
             self._notches[name] = self._notches.get(name, 0) + 1
         if changed:
             return next(iter(changed.values()))
-        if getattr(self.dtypes, part) != torch.float16:
+        if self.dtypes.dit != torch.float16:
             return None
-        self.dtypes = replace(self.dtypes, **{part: torch.bfloat16})
-        self._drop(*names)
+        self.dtypes = replace(self.dtypes, dit=torch.bfloat16)
+        self._drop("dit", "low_noise")
         return "bf16 instead of fp16"
+
+    def _safer_vae(self) -> str | None:
+        now = self.dtypes.vae_format
+        if not (now.int8 or now.fp16_sums or now.plain == "fp16"):
+            return None
+        plain = "bf16" if now.name == "fp16" else now.plain
+        self.dtypes = replace(self.dtypes, vae_format=VAE_FORMATS[plain])
+        self._drop("vae")
+        return f"{plain} instead of {now.name.partition('/')[0]}"
 
     def umt5(self) -> nn.Module:
         return self._get("umt5", "umt5", self.dtypes.umt5)
@@ -333,6 +278,11 @@ class Components:
     def _serves(self, kind: Kind) -> bool:
         return self.engine is not None and self.engine.serves(kind)
 
+    def _eight_bit(self, kind: Kind) -> EightBit | None:
+        if kind == "vae" and self.dtypes.vae_format.int8:
+            return "int8"
+        return self.dtypes.eight_bit if kind == "dit" else None
+
     def _placement(self, name: str) -> Placement | None:
         """Where the plan puts a part's blocks; as they lie where it has no word on them."""
         phase = {"dit": "step", "low_noise": "step", "umt5": "text", "clip": "image"}.get(name)
@@ -364,7 +314,8 @@ class Components:
                 placement=self._placed[name],
                 changes=changes,
                 keep_packed=streams(self._placed[name]) and not self._serves(kind),
-                eight_bit=self.dtypes.eight_bit if kind == "dit" else None,
+                eight_bit=self._eight_bit(kind),
+                fp16_sums=kind == "vae" and self.dtypes.vae_format.fp16_sums,
             )
             self._loaded[name] = self.engine.attach(kind, module) if self.engine else module
         return self._loaded[name]
@@ -378,15 +329,17 @@ def open_parts(
     check: bool,
     report: Report,
     engine: "Engine | None" = None,
+    vae_precision: VaePrecision = "auto",
 ) -> Components:
     """Identify a model from headers alone and choose dtypes; reads no tensor."""
     spec = spec_of(parts, name)
-    dit = parts.found["dit"]
+    dit, vae = parts.found["dit"], parts.found.get("vae")
     if engine is None:
-        dtypes = choose_dtypes(precision, dit, device)
+        dtypes = choose_dtypes(precision, dit, device, vae_precision, vae)
     else:
         engine.check(spec)
-        dtypes = engine_dtypes(engine, choose_dtypes("auto", dit, device), precision)
+        native = choose_dtypes("auto", dit, device, vae_precision, vae)
+        dtypes = engine_dtypes(engine, native, precision, vae_precision)
     least = 1 if dtypes.eight_bit else _LEAST_BYTES
     loaded = sum(max(d.num_bytes, least * d.num_params) for d in parts.found.values())
     keep = loaded <= _KEEP_SHARE * memory_bytes(device)

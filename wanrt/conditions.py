@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.budgeted import within_memory
+from wanrt.budgeted import make_vae_safer, within_memory
 from wanrt.components import Components
 from wanrt.config import GenerateConfig, VaeWork, WanSpec
 from wanrt.errors import UsageError
@@ -20,6 +20,7 @@ from wanrt.models.clip import preprocess
 from wanrt.request import Request, size_for, with_size
 from wanrt.tasks import i2v, limits, vace
 from wanrt.tasks.sizes import Size, latent_shape, vace_grid
+from wanrt.watch import healthy
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,11 @@ def make_conditions(
     spec, size = components.spec, Size(request.height, request.width)
 
     def encode(video: Tensor) -> Tensor:
-        return within_memory(components, "encode", lambda: _latents(video, components))
+        while True:
+            latents = within_memory(components, "encode", lambda: _latents(video, components))
+            if healthy(latents):
+                return latents
+            make_vae_safer(components, "encoding a picture or video")
 
     if spec.dit.image_dim is not None:
         pictures = [inputs.image]

@@ -9,6 +9,7 @@ from wanrt.errors import UsageError
 Task = Literal["t2v", "t2i", "i2v", "flf2v", "vace"]
 Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
+VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "fp16-accumulate", "int8"]
 
 VIDEO_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"

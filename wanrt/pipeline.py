@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt import sampler
-from wanrt.budgeted import plan_request, within_memory
+from wanrt.budgeted import make_vae_safer, plan_request, up_to_date, within_memory
 from wanrt.clock import Clock
 from wanrt.components import Components, Report, choose_device, open_parts
 from wanrt.conditions import (
@@ -22,15 +22,15 @@ from wanrt.conditions import (
     origin_of,
     prepare_inputs,
 )
-from wanrt.config import GenerateConfig, Lora, Precision, VaeWork
+from wanrt.config import GenerateConfig, Lora, Precision, VaePrecision, VaeWork
 from wanrt.denoiser import Denoiser, schedule_of
 from wanrt.engine.manifest import is_bundle
-from wanrt.errors import NumericsError, UsageError
+from wanrt.errors import UsageError
 from wanrt.guidance import expert_for, guidance_for, guide
 from wanrt.media.image import to_uint8
 from wanrt.media.marking import UNKNOWN, Origin
 from wanrt.media.result import Video
-from wanrt.memory.plan import Plan, relearned
+from wanrt.memory.plan import Plan
 from wanrt.planning import UNLIMITED, Budgets
 from wanrt.presets import hint_at_preset, parse_loras
 from wanrt.request import Request, check_embeds, resolve
@@ -86,6 +86,7 @@ class Pipeline:
         clip: str | Path | None = None,
         low_noise: str | Path | None = None,
         precision: Precision = "auto",
+        vae_precision: VaePrecision = "auto",
         device: str = "auto",
         vram: str | int | None = None,
         ram: str | int | None = None,
@@ -100,6 +101,7 @@ class Pipeline:
 
         vram, ram: budgets in GiB, as "8G": of the device, and of host memory for weights that wait
         there. Without vram a CUDA card's free memory is the budget, and a CPU has none.
+        vae_precision: "auto" leaves the VAE as the device has it, or int8 as its file does.
         loras: "FILE:WEIGHT", paths or wanrt.Lora, which every request then has; where weights lie
         on the device they merge. For weights that change from request to request see `generate`.
         engine: "onnxruntime" computes with the graphs of a `bundle`, or of `model` where that is a
@@ -120,7 +122,9 @@ class Pipeline:
             own = {"text_encoder": text_encoder, "vae": vae, "clip": clip, "low_noise": low_noise}
             parts = find_parts(path, **own)
         name = f"{model} {path} {parts.dit}"
-        components = open_parts(parts, name, precision, found, check, report, executor)
+        components = open_parts(
+            parts, name, precision, found, check, report, executor, vae_precision
+        )
         components.loras = parse_loras(loras)
         components.shelf.check(components.loras)
         components.check_loras(components.loras)
@@ -323,10 +327,10 @@ class Pipeline:
         return x[:, :, conditions.num_refs :]
 
     def _follow(self, run: Run) -> None:
-        """Another request may have come in between, or memory run out."""
+        """Another request may have come in between, memory run out, or the VAE be safer."""
         self.components.clock = run.clock
         if run.plan is not None:
-            run.plan = relearned(run.plan, self.components.lessons)
+            run.plan = up_to_date(run.plan, self.components)
             self.components.follow(run.plan)
 
     def _start(self, request: Request, conditions: Conditions, given: Tensor | None) -> Tensor:
@@ -368,20 +372,14 @@ class Pipeline:
             pixels = within_memory(self.components, "decode", next_pixels, let_go)
             if pixels is None:
                 let_go()
-                self._decode_safer(done)
+                make_vae_safer(self.components, f"decoding latent frame {done + 1}")
+                self._follow(run)
                 continue
             done += 1
             report("decode", done, total)
             yield pixels
         let_go()
         self.components.release("vae")
-
-    def _decode_safer(self, frame: int) -> None:
-        """After NaN. Raises NumericsError where the VAE is as safe as it can be."""
-        changed, where = self.components.safer("vae"), f"decoding latent frame {frame + 1}"
-        if changed is None:
-            raise NumericsError(f"{where} gave NaN or infinity; is the VAE's file sound?")
-        log.warning("%s gave NaN or infinity; once more: %s", where, changed)
 
     def _decoded(self, vae: nn.Module, latents: Tensor, skip: int) -> Iterator[Tensor]:
         """Pixels `[1, 3, F, H, W]` of every latent frame but the first `skip`."""

@@ -14,6 +14,7 @@ from wanrt.memory.engine_bytes import NATIVE, EngineBytes
 from wanrt.memory.packed_bytes import PackedWeights
 from wanrt.memory.placement import TYPICAL, Ask, Machine
 from wanrt.memory.question import Question
+from wanrt.memory.vae_formats import VaeFormat
 from wanrt.request import Request
 
 CPU = Machine(copy=8e9, read=2e9, flops=2e11, device="cpu", fused=False)
@@ -54,12 +55,14 @@ def question_of(
     packed: PackedWeights | None = None,
     engines: EngineBytes = NATIVE,
     packed_text: PackedWeights | None = None,
+    vae: VaeFormat | None = None,
 ) -> Question:
     """What is asked of a machine by a request whose size is settled.
 
     refs: reference images; encodes_text: a prompt's features are not known yet; decodes: frames are
     wanted, not latents; lora: bytes of low-rank branches; packed: of a GGUF transformer, and
-    packed_text of a text encoder; engines: what those of a bundle work in.
+    packed_text of a text encoder; engines: what those of a bundle work in; vae:
+    how the VAE keeps its numbers, None for as it usually does.
     """
     ask = Ask(
         request.width,
@@ -73,7 +76,8 @@ def question_of(
         decodes=decodes,
         lora=lora,
     )
-    return Question(spec, ask, precision, budgets.host, machine, packed, engines, packed_text)
+    known = (packed, engines, packed_text, vae)
+    return Question(spec, ask, precision, budgets.host, machine, *known)
 
 
 def format_of(precision: Precision, spec: WanSpec) -> str:

@@ -37,8 +37,9 @@ from wanrt.memory.text_bytes import (
     umt5_weights,
 )
 from wanrt.memory.vae_bytes import decode_bytes, encode_bytes
-from wanrt.memory.vae_costs import decode_operations, vae_weights
+from wanrt.memory.vae_costs import decode_operations, vae_weight_bytes
 from wanrt.memory.vae_engine_bytes import Coded, Side, VaeEngines, coder_bytes
+from wanrt.memory.vae_formats import VaeFormat
 from wanrt.vae_shapes import decoder_bands
 
 _LEAST_BAND = 6  # latent rows; lower bands would do little else than their halos
@@ -224,25 +225,25 @@ def step_operations(spec: WanSpec, tokens: Tokens) -> float:
 
 
 def encode_options(
-    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+    spec: WanSpec, ask: Ask, machine: Machine, vae: VaeFormat, engines: EngineBytes = NATIVE
 ) -> Iterator[Option]:
     """Pictures or a video to latents."""
-    yield from _vae_options("encode", spec, ask, form, machine, engines.encode)
+    yield from _vae_options("encode", spec, ask, machine, vae, engines.encode)
 
 
 def decode_options(
-    spec: WanSpec, ask: Ask, form: Format, machine: Machine, engines: EngineBytes = NATIVE
+    spec: WanSpec, ask: Ask, machine: Machine, vae: VaeFormat, engines: EngineBytes = NATIVE
 ) -> Iterator[Option]:
     """Latents to frames."""
-    yield from _vae_options("decode", spec, ask, form, machine, engines.decode)
+    yield from _vae_options("decode", spec, ask, machine, vae, engines.decode)
 
 
 def _vae_options(
     side: Side,
     spec: WanSpec,
     ask: Ask,
-    form: Format,
     machine: Machine,
+    vae: VaeFormat,
     engines: VaeEngines | None,
 ) -> Iterator[Option]:
     """What asks for less at once than engines do is done by the VAE's modules, and so is a size
@@ -250,11 +251,11 @@ def _vae_options(
     engines = (engines and engines.of(ask.height, ask.width)) or None
     for work in _works(spec, ask, machine):
         if engines is None or work.frames is not None:
-            yield _vae_option(side, spec, ask, form, machine, work)
+            yield _vae_option(side, spec, ask, machine, vae, work)
     for host in (False, True) if machine.device != "cpu" else (False,):
         if engines is not None:
             work = VaeWork(chunk=1, host=host)
-            yield _vae_option(side, spec, ask, form, machine, work, engines)
+            yield _vae_option(side, spec, ask, machine, vae, work, engines)
 
 
 def _works(spec: WanSpec, ask: Ask, machine: Machine) -> Iterator[VaeWork]:
@@ -278,30 +279,30 @@ def _vae_option(
     name: Side,
     spec: WanSpec,
     ask: Ask,
-    form: Format,
     machine: Machine,
+    vae: VaeFormat,
     work: VaeWork,
     engines: VaeEngines | None = None,
 ) -> Option:
     """What is coded waits on the device beside the VAE; the time is that of decoding."""
-    vae, stride, element = spec.vae, spec.vae.spatial_stride, machine.image_bytes(form)
+    stride = spec.vae.spatial_stride
     rows, columns = ask.height // stride, ask.width // stride
-    chunks = (ask.num_frames - 1) // vae.temporal_stride + 1
-    coded = _coded(name, vae, ask, element, machine, work, engines)
+    chunks = (ask.num_frames - 1) // spec.vae.temporal_stride + 1
+    coded = _coded(name, spec.vae, ask, machine, vae, work, engines)
     given = {
         "encode": 3 * ask.num_frames * ask.width * ask.height,
-        "decode": vae.z_dim * chunks * rows * columns,
+        "decode": spec.vae.z_dim * chunks * rows * columns,
     }[name]
     given_rows = (
-        band.given.stop - band.given.start for band in decoder_bands(vae, rows, work.band)
+        band.given.stop - band.given.start for band in decoder_bands(spec.vae, rows, work.band)
     )
     repeated = sum(given_rows) / rows  # every row once, and the halos
-    seconds = decode_operations(vae, ask.num_frames, ask.height, ask.width) / machine.flops
+    seconds = decode_operations(spec.vae, ask.num_frames, ask.height, ask.width) / machine.flops
     if work.host:
         seconds += 2 * chunks * coded.moved / machine.copy / repeated
     phase = Phase(
         name,
-        weights=vae_weights(vae) * element,
+        weights=vae_weight_bytes(spec.vae, vae),
         activations=coded.need.activations
         + 4 * given
         + condition_bytes(spec.dit, _tokens(spec, ask)),
@@ -315,17 +316,20 @@ def _vae_option(
 
 def _coded(
     name: Side,
-    vae: VaeSpec,
+    spec: VaeSpec,
     ask: Ask,
-    element: int,
     machine: Machine,
+    vae: VaeFormat,
     work: VaeWork,
     engines: VaeEngines | None,
 ) -> Coded:
     """By engines, or by the VAE's modules."""
     size = (ask.height, ask.width)
     if engines is not None:
-        return coder_bytes(vae, name, *size, ask.num_frames, element, work.host, engines)
-    need_of = {"encode": encode_bytes, "decode": decode_bytes}[name]
-    need = need_of(vae, *size, element, work, machine.backend)
+        return coder_bytes(spec, name, *size, ask.num_frames, vae.element, work.host, engines)
+    backend = machine.backend if vae.element == 2 else "torch"
+    if name == "encode":
+        need = encode_bytes(spec, *size, vae.element, work, backend)
+    else:
+        need = decode_bytes(spec, *size, vae.element, work, backend, vae.int8)
     return Coded(need, workspace=0, moved=need.host)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from wanrt.memory.budget import FIXED, WORKSPACE
 from wanrt.memory.dit_bytes import Format
+from wanrt.memory.vae_formats import VAE_FORMATS, VaeFormat
 
 Guidance = Literal["none", "sequential", "interleaved"]
 SLOTS = 2  # of a ring: one block computes while the next one comes
@@ -26,8 +27,14 @@ class Machine:
     fused: bool = True  # norms and rotation are single kernels
 
     def image_bytes(self, form: Format) -> int:
-        """Of a number in the VAE and in CLIP, which run in fp32 on a CPU."""
+        """Of a number in CLIP, which runs in fp32 on a CPU."""
         return form.other if self.device == "cuda" else 4
+
+    def usual_vae(self, form: Format) -> VaeFormat:
+        """How the VAE keeps its numbers where nobody asks for anything: in fp32 on a CPU."""
+        if self.image_bytes(form) == 4:
+            return VAE_FORMATS["fp32"]
+        return VAE_FORMATS["fp16" if form.name == "fp16" else "bf16"]
 
     @property
     def backend(self) -> Literal["triton", "torch"]:

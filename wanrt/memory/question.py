@@ -19,6 +19,7 @@ from wanrt.memory.phases import (
     text_options,
 )
 from wanrt.memory.placement import TYPICAL, Ask, Machine
+from wanrt.memory.vae_formats import VaeFormat
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Question:
     packed: PackedWeights | None = None  # of a GGUF file, a transformer
     engines: EngineBytes = NATIVE
     packed_text: PackedWeights | None = None  # a text encoder
+    vae: VaeFormat | None = None  # None: the usual one
+
+    @property
+    def vae_format(self) -> VaeFormat:
+        return self.vae or self.machine.usual_vae(FORMATS[self.precision])
 
     @cached_property
     def phases(self) -> dict[str, list[Option]]:
@@ -75,11 +81,11 @@ class Question:
         if spec.clip is not None and ask.image:
             phases["image"] = list(clip_options(spec, form, machine, engines))
         if ask.image:
-            phases["encode"] = list(encode_options(spec, ask, form, machine, engines))
+            phases["encode"] = list(encode_options(spec, ask, machine, self.vae_format, engines))
         steps = dit_options(spec, ask, form, machine, self.room, self.packed, engines)
         phases["step"] = list(steps)
         if ask.decodes:
-            phases["decode"] = list(decode_options(spec, ask, form, machine, engines))
+            phases["decode"] = list(decode_options(spec, ask, machine, self.vae_format, engines))
         return phases
 
     @property

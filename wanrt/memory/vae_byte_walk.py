@@ -20,11 +20,18 @@ class ByteWalk:
     """Bytes and the rows that a band holds; what a method frees or holds, it says."""
 
     def __init__(
-        self, element_size: int, work: VaeWork, backend: Backend | None, height: int
+        self,
+        element_size: int,
+        work: VaeWork,
+        backend: Backend | None,
+        height: int,
+        int8_from: int | None = None,
     ) -> None:
+        """int8_from: the first level whose residual blocks are int8."""
         backend = backend or ("triton" if element_size == 2 else "torch")
         self.ops = (TorchOps if backend == "torch" else TritonOps)(element_size)
         self.size, self.work = element_size, work
+        self.int8_from = int8_from
         self.live = self.peak = self.caches = 0
         self.start(height)
 
@@ -57,8 +64,9 @@ class ByteWalk:
 
     def conv(self, x: Held, conv: Conv) -> Held:
         """Holds the result, unless it takes the place of x."""
-        past = conv.past * x.clip.frame * self.size
-        self.spike(self.ops.conv(x.clip, conv) + (past if self.work.host else 0))
+        past = conv.past * x.clip.frame * (1 if conv.int8 else self.size)
+        need = self.ops.conv_int8 if conv.int8 else self.ops.conv
+        self.spike(need(x.clip, conv) + (past if self.work.host else 0))
         self.caches += past
         if conv.in_place:
             return x
@@ -73,11 +81,13 @@ class ByteWalk:
 
     def block(self, x: Held, out: int, keep: bool = False) -> Held:
         """A residual block; `keep`: somebody else holds x as well."""
-        y = self.narrow(self.conv(x, Conv(out, norm=True)), self.rows.trimmed())
+        int8 = self.int8_from is not None and self.level >= self.int8_from
+        first = Conv(out, norm=True, int8=int8)
+        y = self.narrow(self.conv(x, first), self.rows.trimmed())
         if x.clip.channels != out:
             beside = x.clip._replace(rows=y.clip.rows, cropped=x.clip.cropped or y.clip.cropped)
             shortcut = self.conv(Held(beside, x.stored), Conv(out, past=0))
-        self.conv(y, Conv(out, norm=True, in_place=True))
+        self.conv(y, first._replace(in_place=True))
         if x.clip.channels != out:
             self.free(shortcut)
         if not keep:

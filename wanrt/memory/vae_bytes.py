@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from wanrt.config import VaeSpec, VaeWork
 from wanrt.memory.vae_byte_walk import Backend, ByteWalk, Held
+from wanrt.memory.vae_costs import INT8_STAGE
 from wanrt.memory.vae_op_bytes import Clip, Conv
 from wanrt.vae_shapes import (
     Band,
@@ -36,15 +37,17 @@ def decode_bytes(
     element_size: int,
     work: VaeWork,
     backend: Backend | None = None,
+    int8: bool = False,
 ) -> VaeBytes:
     """Of decode_chunks for `height x width` pixels.
 
-    backend: whose ops run; None: triton's for 16 bits an element, else torch's.
+    backend: whose ops run; None: triton's for 16 bits an element, else torch's. int8: convolutions
+    are, as `quant/policy.py` has it, and what they remember.
     """
     h, w = height // spec.spatial_stride, width // spec.spatial_stride
     frames = work.chunk or default_chunk(spec, h, w)
     stages = decoder_stages(spec)
-    walk = ByteWalk(element_size, work, backend, h)
+    walk = ByteWalk(element_size, work, backend, h, INT8_STAGE if int8 else None)
     latents = walk.hold(Clip(spec.z_dim, frames, h, w))
     walk.spike(4 * latents.clip.size * 4)
     x = walk.middle(walk.conv(latents, Conv(stages[0].widths[0])))
@@ -124,7 +127,9 @@ def _decode_band(walk: ByteWalk, middle: Held, spec: VaeSpec, band: Band) -> Non
     pixels = Clip(3 * spec.patch**2, frames, height, x.clip.width * scale)
     given, earlier = Held(x.clip, 0), Held(pixels, 0)
     if walk.work.frames and walk.work.frames < frames:
-        earlier = walk.hold(pixels._replace(frames=frames - walk.work.frames))
+        rows = band.result.grown(1)  # the head's results are views of these
+        held = pixels._replace(rows=rows.stop - rows.start)
+        earlier = walk.hold(held._replace(frames=frames - walk.work.frames))
         given, x = x, Held(x.clip._replace(frames=walk.work.frames), 0)
     for stage in stages[free:]:
         x = walk.stage(x, stage, band, spec.residual)

@@ -1,9 +1,35 @@
 """Weights and multiplications of a VAE, counted over the shapes of its stages."""
 
+from collections.abc import Iterator
+
 from wanrt.config import VaeSpec
+from wanrt.memory.vae_formats import VaeFormat
 from wanrt.vae_shapes import Stage, decoder_stages, encoder_stages
 
 _CUBE, _SQUARE, _LINE = 27, 9, 3  # taps of 3x3x3, of 3x3 in a frame, of 3 in time
+
+
+INT8_STAGE = 2  # quant/policy.py: from here on, the decoder's residual blocks may be int8
+_BORDER = 3 * 4 * 4 * 4  # bytes for each output of an int8 convolution: QuantizedConv.border
+
+
+def vae_weight_bytes(spec: VaeSpec, form: VaeFormat) -> int:
+    """Of encoder and decoder together; int8 convolutions have formats of their inputs beside."""
+    total = vae_weights(spec) * form.element
+    if not form.int8:
+        return total
+    for inputs, outputs in _int8_convs(spec):
+        total -= inputs * outputs * _CUBE * (form.element - 1)
+        total += outputs * (4 + _BORDER) + inputs * (4 + 1)  # scale and border; step and zero
+    return total
+
+
+def _int8_convs(spec: VaeSpec) -> Iterator[tuple[int, int]]:
+    """Channels in and out."""
+    for stage in decoder_stages(spec)[INT8_STAGE:]:
+        for inputs, outputs in stage.blocks:
+            yield inputs, outputs
+            yield outputs, outputs
 
 
 def vae_weights(spec: VaeSpec) -> int:

@@ -1,8 +1,9 @@
 """Bytes that the VAE's ops take while they run, beside what they are given: by backend.
 
 The numbers follow the code of `kernels/torch_conv.py` (off the CPU, where a norm is not cut into
-slabs and no Winograd is done) and of `kernels/conv.py`. What a library allocates inside one call
-(cuDNN's workspace, a fused attention's sums) is not seen here; a plan needs room for it.
+slabs and no Winograd is done), `torch_conv_int8.py`, `conv.py` and `conv_int8.py`. What a library
+allocates inside one call (cuDNN's workspace, a fused attention's sums) is not seen here; a plan
+needs room for it.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import NamedTuple
 
 PIECE = 1 << 21  # kernels/torch_conv.py: elements of input that go through a convolution at once
 SCORES = 1 << 24  # models/vae_layers.py: attention scores at once
+
+
+_BIAS = 8  # bytes for each output: models/vae_layers.py makes int8 convolutions a bias
 
 
 class Clip(NamedTuple):
@@ -49,6 +53,7 @@ class Conv(NamedTuple):
     stride: int = 1
     norm: bool = False
     in_place: bool = False
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,16 @@ class TorchOps:
             peak = max(peak, held + before + behind + max(norm, result + tail))
             before = result + tail
         return peak
+
+    def conv_int8(self, x: Clip, conv: Conv) -> int:
+        """Padded int8 frames, and one frame at a time in 32 bits: its input, or sums and result."""
+        frames = x.channels * (x.frames + 2) * ((x.rows + 2) * (x.width + 2) + 2)
+        quantising = 8 * x.frame + 8 * x.pixels
+        sums, result = 4 * conv.out * x.rows * (x.width + 2), 4 * conv.out * x.pixels
+        made = 0 if conv.in_place else conv.out * x.pixels * x.frames * self.element_size
+        made += 27 * conv.out * x.channels
+        inside = made + max(2 * sums, sums + result, 2 * x.frame)
+        return _BIAS * conv.out + frames + max(quantising, inside)
 
     def upsample(self, x: Clip, out: int) -> int:
         e = self.element_size
@@ -117,6 +132,12 @@ class TritonOps:
         normed = x.size if conv.norm else 0
         convolving = normed + frames + conv.out * x.channels * taps + conv.past * x.frame
         return max(normed * (1 + x.scattered), convolving) * self.element_size
+
+    def conv_int8(self, x: Clip, conv: Conv) -> int:
+        frames = 0 if conv.in_place else conv.out * x.pixels * x.frames
+        scattered = x.size * self.element_size if x.scattered else 0
+        convolving = frames * self.element_size + conv.out * x.channels * 27 + conv.past * x.frame
+        return _BIAS * conv.out + x.size + max(scattered, convolving)
 
     def upsample(self, x: Clip, out: int) -> int:
         return (4 * out * x.pixels * x.frames + 25 * out * x.channels) * self.element_size

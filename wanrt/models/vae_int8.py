@@ -1,39 +1,34 @@
 """An int8 VAE from a VAE and a few latents: which convolutions change, and by what they saw."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wanrt.models.vae import WanVAE
-from wanrt.models.vae_layers import CausalConv3d, Int8CausalConv3d, Resample
+from wanrt.models.vae_layers import CausalConv3d, Int8CausalConv3d, QuantizedConv, Resample
 from wanrt.quant.conv_int8 import Range, StaticInt8, observe, quantize_conv
-
-_FULL_SIZE = 2  # upsamplings after which a decoder's convolutions are worth eight bits
+from wanrt.quant.policy import is_int8_conv
 
 
 def default_convs(vae: WanVAE) -> list[str]:
-    """The decoder's convolutions that take int8 unless others are named.
-
-    Those behind the second upsampling: of Wan 2.1 they do 78 % of the multiplications of all 3x3x3
-    ones and hold three quarters of the history, and an error that they make meets few layers more
-    (docs/kernels.md has the figures). The first (16 channels, no norm) and the last (3 results)
-    stay as they are, as do the 3x3 ones of each frame, the 3x1x1 and the 1x1x1 ones, which no norm
-    precedes.
-    """
-    normalised, names, doubled = set(_normalised(vae)), [], 0
+    """The decoder's convolutions that `quant/policy.py` has in int8, by their names there."""
+    normalised, names, doubled = set(normalised_convs(vae)), [], 0
     for name, module in vae.decoder.named_modules():
         doubled += isinstance(module, Resample)
-        if doubled >= _FULL_SIZE and name in normalised and not name.startswith("head"):
+        kind = "head" if name.startswith("head") else "normalised"
+        if name in normalised and is_int8_conv(f"decoder.{doubled}.{kind}"):
             names.append(name)
     return names
 
 
 @torch.inference_mode()
-def calibrate(vae: WanVAE, latents: Iterable[Tensor]) -> dict[str, Range]:
-    """The inputs' range of each normalised convolution of the decoder, by its name there.
+def calibrate(
+    vae: WanVAE, latents: Iterable[Tensor], names: Iterable[str] | None = None
+) -> dict[str, Range]:
+    """The inputs' range of normalised convolutions of the decoder, by name; None: of all.
 
     latents: normalised ones [B, z, T, h, w], such as a VAE encodes. Time: one decode of each.
     """
@@ -46,7 +41,8 @@ def calibrate(vae: WanVAE, latents: Iterable[Tensor]) -> dict[str, Range]:
 
         return hook
 
-    convs = {name: vae.decoder.get_submodule(name) for name in _normalised(vae)}
+    watched = normalised_convs(vae) if names is None else names
+    convs = {name: vae.decoder.get_submodule(name) for name in watched}
     handles = [
         conv.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, conv in convs.items()
@@ -71,16 +67,34 @@ def quantize_vae(
     Weights that do not change are shared with `vae`. `ranges` may come from a VAE of another dtype.
     """
     result = _sharing_copy(vae)
-    for name in default_convs(vae) if names is None else names:
-        conv = result.decoder.get_submodule(name)
-        assert isinstance(conv, CausalConv3d), f"{name=}"
-        quantized = quantize_conv(conv.weight, ranges[name], form or StaticInt8())
-        owner, _, leaf = name.rpartition(".")
-        setattr(result.decoder.get_submodule(owner), leaf, Int8CausalConv3d(conv, quantized))
+    put_convs(result, quantize_convs(vae, ranges, names, form))
     return result
 
 
-def _normalised(vae: WanVAE) -> list[str]:
+def quantize_convs(
+    vae: WanVAE,
+    ranges: dict[str, Range],
+    names: Iterable[str] | None = None,
+    form: StaticInt8 | None = None,
+) -> dict[str, QuantizedConv]:
+    """The named decoder convolutions (None: `default_convs`) in int8, by their names there."""
+    names = default_convs(vae) if names is None else names
+    weights = {name: vae.decoder.get_submodule(name).weight for name in names}
+    return {
+        name: quantize_conv(weight, ranges[name], form or StaticInt8())
+        for name, weight in weights.items()
+    }
+
+
+def put_convs(vae: WanVAE, convs: Mapping[str, QuantizedConv]) -> None:
+    """Have these in the place of the decoder's convolutions of those names, for good."""
+    for name, quantized in convs.items():
+        conv = vae.decoder.get_submodule(name)
+        assert isinstance(conv, CausalConv3d), f"{name=}"
+        vae.decoder.set_submodule(name, Int8CausalConv3d(conv, quantized))
+
+
+def normalised_convs(vae: WanVAE) -> list[str]:
     """Names of the decoder's 3x3x3 convolutions that a norm precedes: all but the first."""
     return [
         name

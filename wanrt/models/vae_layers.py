@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanrt import env
 from wanrt.config import VaeWork
-from wanrt.kernels import torch_conv, torch_conv_int8
+from wanrt.errors import UsageError
+from wanrt.kernels import registry, torch_conv, torch_conv_int8
 from wanrt.kernels.reference_vae import QuantizedConv
+from wanrt.kernels.target import UnsupportedOp
 from wanrt.models.layers import reusable
 from wanrt.vae_shapes import Rows
 
@@ -33,6 +36,37 @@ TORCH = VaeOps(
     torch_conv.downsample_conv2d,
     torch_conv.frame_attention,
 )
+
+
+def check_fp16_sums(device: torch.device) -> None:
+    """Raises UsageError where the convolution of fp16 on this device cannot add up in fp16."""
+    target = registry.here(torch.float16, device.type)
+    try:
+        choice = registry.resolve("causal_conv3d", target, env.ops_backend())
+    except UnsupportedOp as error:
+        raise UsageError(str(error)) from error
+    if choice.backend != "triton":
+        why = choice.declined.get("triton", "another backend was named")
+        raise UsageError(
+            f"VAE precision fp16-accumulate needs Triton's convolution, and on {device.type} it is "
+            f"{choice.backend}'s (Triton: {why}); use --vae-precision fp16"
+        )
+
+
+def with_fp16_sums(ops: VaeOps) -> VaeOps:
+    """3x3x3 taps of fp16 are added up in fp16, at most 128 products before they join an fp32 sum.
+
+    The backend of `ops` does it where `check_fp16_sums` has no objection. Others round less.
+    """
+    convolve = ops.causal_conv3d
+
+    def causal_conv3d(
+        x: Tensor, weight: Tensor, bias: Tensor, *more: object, **named: object
+    ) -> tuple[Tensor, Tensor | None]:
+        sums = torch.float16 if weight.shape[2:] == (3, 3, 3) else torch.float32
+        return convolve(x, weight, bias, *more, **named, accumulator=sums)
+
+    return ops._replace(causal_conv3d=causal_conv3d)
 
 
 @dataclass(frozen=True)
@@ -173,11 +207,14 @@ class Int8CausalConv3d(nn.Module):
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """See CausalConv3d."""
+        """See CausalConv3d. Where `residual` is beside x, x goes nowhere else, and int8 has no NaN:
+        what is not finite in x shows in the bias, and so in all results."""
         assert self.scale.dtype == self.step.dtype == torch.float32, f"{self.scale.dtype=}"
         weight = QuantizedConv(*(getattr(self, name) for name in QuantizedConv._fields))
-        history = walk.history(self.slot, x.device)
-        y, kept = walk.ops.causal_conv3d_int8(x, weight, self.bias, history, gamma, residual, out)
+        bias, history = self.bias, walk.history(self.slot, x.device)
+        if residual is not None:
+            bias = bias + 0 * torch.linalg.vector_norm(x, torch.inf)
+        y, kept = walk.ops.causal_conv3d_int8(x, weight, bias, history, gamma, residual, out)
         walk.keep(self.slot, kept)
         return walk.trim(y)
 

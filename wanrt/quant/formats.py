@@ -2,7 +2,7 @@
 
 A weight `[O, I]` has one fp32 scale for each output channel, `weight_scale` `[O, 1]`. Activations
 have one for each token where a norm makes them, and for each token and 128 columns elsewhere: the
-kernel that makes those sees no whole row. The VAE's formats are in `conv_int8.py`.
+kernel that makes those sees no whole row. The VAE's format is made in `conv_int8.py`.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ INT8_WEIGHTS = LinearFormat("int8-weights", torch.int8, activations=False)
 FP8 = LinearFormat("fp8", torch.float8_e4m3fn)
 FP8_ROTATED = LinearFormat("fp8-rotated", torch.float8_e4m3fn, rotated=True)
 FP8_WEIGHTS = LinearFormat("fp8-weights", torch.float8_e4m3fn, activations=False)
+
+INT8_STATIC = "int8-static"  # of a VAE's convolution: scales and zero points that never change
 
 FORMATS = {
     form.name: form for form in (INT8, INT8_ROTATED, INT8_WEIGHTS, FP8, FP8_ROTATED, FP8_WEIGHTS)

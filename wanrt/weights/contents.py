@@ -40,6 +40,7 @@ class Weights:
         self._dtype, self._reader = dtype, PlainReader(self.checkpoint)
         self._packed: dict[str, BlockFormat] = {}
         self._unchecked = set(self.sources) if check else set()
+        self.checks = check
         self._lock = Lock()  # a stream reads in its own thread
         self.formats: dict[str, LinearFormat] = {}  # of weights that the module has in eight bits
         self._scales: dict[str, Tensor] = {}  # of those read so far: a number per channel
@@ -50,6 +51,12 @@ class Weights:
             yield name
             if name in self.formats:
                 yield scale_of(name)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Somebody else gives the module what these stand for."""
+        for name in names:
+            self.total -= self.num_bytes(name)
+            del self.sources[name]
 
     def num_bytes(self, name: str) -> int:
         """As stored."""

@@ -14,10 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wanrt.errors import FormatError
+from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.memory.offload import WeightStream, assign
 from wanrt.memory.placement import Placement
 from wanrt.models.eight_bit import make_eight_bit, policy_formats
 from wanrt.models.layers import choose
+from wanrt.models.vae_int8 import normalised_convs, put_convs
+from wanrt.models.vae_layers import with_fp16_sums
 from wanrt.quant.policy import EightBit
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.contents import Weights
@@ -25,6 +29,7 @@ from wanrt.weights.detect import Detected
 from wanrt.weights.names import Kind
 from wanrt.weights.parts import find_component
 from wanrt.weights.specs import Spec
+from wanrt.weights.static_convs import SIDE, made_convs, stored_convs
 
 _CLASSES: dict[Kind, tuple[str, str]] = {
     "dit": ("wanrt.models.dit", "WanDiT"),
@@ -47,32 +52,35 @@ def load_component(
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     eight_bit: EightBit | None = None,
     keep_packed: bool = False,
+    fp16_sums: bool = False,
 ) -> nn.Module:
     """The module, in eval mode and without gradients, its tensors in `dtype` on `device`.
 
     path: where it lies, or what was found there before.
     Parameters that match the class's FP32_NAMES stay fp32. `check` refuses NaN and infinity.
-    `eight_bit`: a transformer's products and attention become int8 or fp8, as `quant/policy.py`
-    has it; weights that are stored in that very format are taken as they are.
+    `eight_bit`: a transformer's products and attention become int8 or fp8, convolutions of a VAE's
+    decoder int8, as `quant/policy.py` has it; weights that are stored in that very format are taken
+    as they are. `fp16_sums`: a VAE in fp16 adds products up in fp16 (see `models/vae_layers.py`).
     With a `placement`, blocks that do not stay on the device stream (the VAE has none), and large
     token tables stay in their file; its `weight_stream` is then their WeightStream. `changes` by
     name: a weight is read in fp32, changed on the device and rounded once; with a placement that
     streams there are none. With `keep_packed` matrices that a GGUF file packs, and that do not
     change, stay packed and are unpacked for each product (`models/packed.py`): the same results to
     the bit. Raises FormatError.
-    Peak: the model and 8 MiB; on a device, one tensor on the CPU.
+    Peak: the model and 8 MiB; on a device, one tensor on the CPU. To make a VAE int8 takes a plain
+    fp32 one on the CPU first.
     """
     device = torch.device(device)
     found = path if isinstance(path, Detected) else find_component(Path(path), kind)
     module = skeleton(kind, found.spec, device, dtype)
     weights = Weights(module, found, dtype, check)
+    if fp16_sums:
+        assert kind == "vae" and dtype == torch.float16, f"{kind=} {dtype=}"
+        module.ops = with_fp16_sums(module.ops)
     if eight_bit is not None:
-        assert kind == "dit" and not changes, f"{kind=} {eight_bit=}"
-        weights.formats = {
-            name: weights.stored_form(name, form)
-            for name, form in policy_formats(module, eight_bit).items()
-        }
-        make_eight_bit(module, weights.formats, eight_bit, device, dtype)
+        assert not changes, f"{kind=} {eight_bit=}"
+        make = {"dit": _make_dit_eight_bit, "vae": _make_vae_int8}[kind]
+        make(module, weights, eight_bit, device, dtype)
     if keep_packed:
         weights.keep_packed(module, frozenset(changes or ()), tables=placement is None)
     stream = None
@@ -100,6 +108,29 @@ def load_component(
         stream.attach()
         module.weight_stream = stream
     return module.eval().requires_grad_(False)
+
+
+def _make_dit_eight_bit(
+    dit: nn.Module, weights: Weights, form: EightBit, device: torch.device, dtype: torch.dtype
+) -> None:
+    weights.formats = {
+        name: weights.stored_form(name, one) for name, one in policy_formats(dit, form).items()
+    }
+    make_eight_bit(dit, weights.formats, form, device, dtype)
+
+
+def _make_vae_int8(
+    vae: nn.Module, weights: Weights, form: EightBit, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The convolutions that are int8, whole; the loop fills in what is beside them."""
+    assert form == "int8", f"{form=}"
+    path, convs = weights.checkpoint.path, stored_convs(weights.checkpoint)
+    for name in convs.keys() - set(normalised_convs(vae)):
+        raise FormatError(path, f"{SIDE}{name} takes no int8", "was it written by wanrt?")
+    convs = convs or made_convs(load_component(path, "vae", check=weights.checks))
+    placed = {name: QuantizedConv(*(t.to(device) for t in c)) for name, c in convs.items()}
+    put_convs(vae, placed)
+    weights.leave_out([f"{SIDE}{name}.weight" for name in placed])
 
 
 class FileEmbedding(nn.Module):

@@ -29,7 +29,7 @@ MARKERS: dict[tuple[Kind, Spelling], str] = {
 
 # Beside a quantised `X.weight`: how to undo it (scales), or how somebody's kernels run it.
 QUANT_LEAVES = frozenset(
-    ("scale_weight", "weight_scale", "scale_input", "input_scale")
+    ("scale_weight", "weight_scale", "scale_input", "input_scale", "input_step", "input_zero")
     + ("comfy_quant", "weight_scale_2", "pre_quant_scale")
 )
 # Stored beside the weights, of no use to any module.

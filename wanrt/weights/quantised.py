@@ -3,6 +3,8 @@
 `X.weight` times `X.scale_weight` (ComfyUI fp8_scaled) or `X.weight_scale` (newer ComfyUI,
 LightX2V), one number for the matrix or one per output row. Without a scale, fp8 stands for itself.
 What `wanrt quantize` writes is the same per row, and says in its metadata which are rotated.
+A VAE's convolutions that it writes have `X.input_step` and `X.input_zero` too, of their static
+input: `X.weight` times its scale is the plain weight times the step of its input channel.
 Blocks of GGUF files hold their own scales (`wanrt/quant/gguf_blocks.py`).
 Source: ComfyUI `QUANTIZATION.md`, `comfy/ops.py`; LightX2V @f8aee98 `tools/convert`.
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from wanrt.errors import FormatError
 from wanrt.kernels.reference import Quantized, rotate
-from wanrt.quant.formats import FORMATS, LinearFormat
+from wanrt.quant.formats import FORMATS, INT8_STATIC, LinearFormat
 from wanrt.quant.gguf_blocks import unpack_into
 from wanrt.weights.checkpoint import Checkpoint
 from wanrt.weights.writer import Piece
@@ -25,6 +27,7 @@ from wanrt.weights.writer import Piece
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")
 METADATA = "wanrt_formats"  # of our own files: {name of a product: name of its format}
+SCALE, INPUT_STEP, INPUT_ZERO = "weight_scale", "input_step", "input_zero"
 _READABLE = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -45,6 +48,7 @@ class PlainReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._rotated = checkpoint, _rotated(checkpoint)
+        self._static = {f"{name}.weight" for name in static_convs(checkpoint)}
         self._stored = torch.from_numpy(np.empty(_PIECE * 4, np.uint8))
         self._product = torch.from_numpy(np.empty(_PIECE, np.float32))
 
@@ -62,6 +66,7 @@ class PlainReader:
         """
         info = self._checkpoint.tensors[name]
         scale = _scale(self._checkpoint, name) if info.packing is None else None
+        smoothed = input_step(self._checkpoint, name) if name in self._static else None
         if info.packing is None and ((scale is None and info.dtype == dtype) or not info.shape):
             buffer = None if out is None or info.dtype != dtype else out.view(-1).view(torch.uint8)
             return self._checkpoint.read(name, rows, buffer).to(dtype)
@@ -78,6 +83,8 @@ class PlainReader:
                 continue
             if scale is not None:
                 piece = self._times(piece, scale if len(scale) == 1 else scale[start : part.stop])
+            if smoothed is not None:
+                piece.div_(smoothed[:, None, None, None])
             target.copy_(rotate(piece) if name in self._rotated else piece)
         return plain
 
@@ -119,18 +126,37 @@ def scale_name(checkpoint: Checkpoint, name: str) -> str | None:
 
 def _rotated(checkpoint: Checkpoint) -> frozenset[str]:
     """Weights of our own files whose columns met a Hadamard matrix, 128 at a time."""
-    formats = own_formats(checkpoint)
-    return frozenset(f"{name}.weight" for name, form in formats.items() if form.rotated)
+    formats = _own_formats(checkpoint)
+    return frozenset(f"{name}.weight" for name, form in formats.items() if form and form.rotated)
 
 
-def own_formats(checkpoint: Checkpoint) -> dict[str, LinearFormat]:
-    """Of each product of a file that `wanrt quantize` wrote, by its name; of others nothing."""
+def static_convs(checkpoint: Checkpoint) -> list[str]:
+    """Convolutions of a VAE that `wanrt quantize` wrote, with static int8 formats."""
+    return [name for name, form in _own_formats(checkpoint).items() if form is None]
+
+
+def input_step(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Of the input channels of such a convolution's weight, fp32 [C]. Raises FormatError."""
+    stored = f"{name.removesuffix('.weight')}.{INPUT_STEP}"
+    if len(checkpoint.tensors[name].shape) != 5:
+        raise FormatError(checkpoint.path, f"{name} is no convolution over time")
+    found, channels = checkpoint.tensors.get(stored), checkpoint.tensors[name].shape[1]
+    if found is None or found.shape != (channels,) or found.dtype != torch.float32:
+        raise FormatError(checkpoint.path, f"{stored} is not fp32 [{channels}]", "write it again")
+    step = checkpoint.read(stored)
+    if not bool((step.isfinite() & (step > 0)).all()):
+        raise FormatError(checkpoint.path, f"{stored} holds what is no step", "write it again")
+    return step
+
+
+def _own_formats(checkpoint: Checkpoint) -> dict[str, LinearFormat | None]:
+    """Of each product of a file that `wanrt quantize` wrote, by its name; None: INT8_STATIC."""
     text = checkpoint.metadata.get(METADATA)
     if text is None:
         return {}
     try:
         named = json.loads(text).items()
-        return {name: FORMATS[form] for name, form in named}
+        return {name: None if form == INT8_STATIC else FORMATS[form] for name, form in named}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         fix = "it was written by a newer wanrt, or is broken"
         raise FormatError(
