@@ -26,6 +26,7 @@ from wanrt.kernels import reference_vae
 from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
+from wanrt.weights.load import place
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -102,7 +103,9 @@ def make_decoder(who: str, name: str, device: str) -> Decode:
     ops = choose(VaeOps, torch.device(device), _DTYPES[name])
     ours = WanVAE(VAE_2_1, ops).eval().requires_grad_(False)
     if who == "wanrt":
-        return ours.to(device, _DTYPES[name]).decode
+        for weight in ours.to(device, _DTYPES[name]).parameters():
+            weight.data = place(weight.data, "vae", torch.device(device))  # as a loaded one lies
+        return ours.decode
     theirs = peers.diffusers_vae(ours).to(device, _DTYPES[name])
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1).to(device) for v in LATENT_STATISTICS[16])
     return lambda latents: theirs.decode((latents * std + mean).to(theirs.dtype)).sample

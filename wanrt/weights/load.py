@@ -91,7 +91,7 @@ def load_component(
             if stream is not None and stream.streams(name):
                 stream.hold(name, tensor)
             else:
-                assign(module, name, _place(tensor, kind, device))
+                assign(module, name, place(tensor, kind, device))
         done += weights.num_bytes(name)
         if progress:
             progress(done, weights.total)
@@ -151,10 +151,10 @@ def read_spiece(path: str | Path) -> bytes | None:
     return None
 
 
-def _place(tensor: Tensor, kind: Kind, device: torch.device) -> Tensor:
-    """On the device, where the VAE's kernels read weights channels last: so they lie, for good."""
+def place(tensor: Tensor, kind: Kind, device: torch.device) -> Tensor:
+    """On the device. Convolutions of the VAE read weights channels last: so they lie, for good."""
     tensor = tensor.to(device)
-    if kind != "vae" or device.type == "cpu" or tensor.ndim < 4:
+    if kind != "vae" or tensor.ndim < 4:
         return tensor
     last = torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
     return tensor.contiguous(memory_format=last)
