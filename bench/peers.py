@@ -1,4 +1,7 @@
-"""What wanrt is measured beside: diffusers' modules with our weights in them."""
+"""What wanrt is measured beside: diffusers' modules with our weights in them, and fastvae's."""
+
+import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,28 @@ def diffusers_vae(ours: WanVAE) -> nn.Module:
     names = to_diffusers(state, "vae", ours.spec)
     theirs.load_state_dict({names[n].stored[0]: state[n] for n in state})
     return theirs
+
+
+def _diffusers_decode(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda latents: vae.decode(latents).sample
+
+
+def _fastvae_decode(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    """fastvae (PyPI, MIT): its decoder made of diffusers' modules; frames `[B, 3, T, H, W]`."""
+    from fastvae import FastVAEDecoder
+
+    return FastVAEDecoder.from_vae(vae).decode
+
+
+# Peers that decode what diffusers' VAE decodes, made of it: latents as it takes them -> pixels.
+DECODERS = {"diffusers": _diffusers_decode, "fastvae": _fastvae_decode}
+NEEDED = {"diffusers": ("diffusers",), "fastvae": ("fastvae", "diffusers")}
+
+
+def absent(peer: str) -> str | None:
+    """Why a peer cannot be measured; None where it can."""
+    missing = [name for name in NEEDED[peer] if importlib.util.find_spec(name) is None]
+    return f"{peer}: absent (make peers): needs {', '.join(missing)}" if missing else None
 
 
 def diffusers_block(

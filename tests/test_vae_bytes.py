@@ -87,7 +87,7 @@ def test_predicted_bytes_in_16_bits(
     if backend == "triton":
         for module in (conv, channel_norm):
             monkeypatch.setattr(module, "launch", lambda *args, **options: None)
-        monkeypatch.setattr(conv, "_tile", lambda *args: conv.Tile(128, 64, 0, 32, 4, 4))
+        monkeypatch.setattr(conv, "_tiles", lambda *args: (conv.Tile(128, 64, 0, 32, 4, 4),))
         ops = TORCH._replace(
             rms_norm_channels=rms_norm_channels,
             causal_conv3d=conv.causal_conv3d,
