@@ -1,7 +1,8 @@
 """`wanrt bench gpu`: all that wants one NVIDIA GPU, within nine minutes.
 
-Compiles every kernel in parallel, tests every op on the device, then measures; each line of the
-result is on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest; with
+Compiles every kernel in parallel, tests every op on the device, measures, decodes with the VAE
+beside its peers, and last tunes: winners go to a file beside the result. Each line of the result is
+on disk before the next begins. Needs torch, triton, numpy, safetensors and pytest; with
 no more than these, in a checkout: PYTHONPATH=. python3 -m wanrt.bench.gpu [ONLY]
 """
 
@@ -19,15 +20,18 @@ from typing import Any
 import torch
 
 from wanrt.bench import compile as gate
-from wanrt.bench import ops
+from wanrt.bench import ops, tune
 from wanrt.bench.measure import machine
 from wanrt.bench.rivals import absent
 from wanrt.errors import NumericsError, UsageError
 from wanrt.kernels import registry
 from wanrt.kernels.cases import all_cases
+from wanrt.kernels.winners import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 510.0  # seconds after which nothing new begins
+OPS_BUDGET, VAE_BUDGET = 360.0, 420.0  # the same of the ops and the VAE: the rest is the tuner's
+VAE_SIZE = (60, 104)  # latents of 480x832
 _TESTS = tuple(f"tests/test_ops{n}.py" for n in ("", "_attention", "_conv", "_quantized"))
 
 
@@ -39,11 +43,11 @@ def main(only: str, out: Path | None) -> None:
         )
     begin = time.monotonic()
     about = machine("cuda") | {"triton": gate.triton.__version__}
-    out = out or ROOT / "bench" / "results" / f"{_slug(torch.cuda.get_device_name())}.jsonl"
+    out = out or ROOT / "bench" / "results" / f"{slug(torch.cuda.get_device_name())}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     with out.open("a", encoding="utf-8") as file:
-        for record in _records(only, begin):
+        for record in _records(only, begin, out):
             failed += record.get("failed", 0)
             file.write(json.dumps(record | about) + "\n")
             file.flush()
@@ -54,7 +58,7 @@ def main(only: str, out: Path | None) -> None:
         raise NumericsError(f"{failed} op tests failed on {torch.cuda.get_device_name()}")
 
 
-def _records(only: str, begin: float) -> Iterator[dict[str, Any]]:
+def _records(only: str, begin: float, out: Path) -> Iterator[dict[str, Any]]:
     yield _compiled(only)
     yield _tested(only)
     yield {"bench": "ceilings"} | ops.ceilings()
@@ -64,12 +68,45 @@ def _records(only: str, begin: float) -> Iterator[dict[str, Any]]:
         if case.size != "wan" or only not in case.id:
             continue
         for dtype in case.dtypes:
-            if time.monotonic() - begin > BUDGET:
+            if time.monotonic() - begin > OPS_BUDGET:
                 yield {"bench": "ops", "case": case.id, "note": "not measured: out of time"}
                 continue
             for row in ops.measure(case, dtype):
                 yield {"bench": "ops"} | asdict(row)
             torch.cuda.empty_cache()
+    yield from _decoded(only, begin)
+    yield _tuned(only, begin, out)
+
+
+def _decoded(only: str, begin: float) -> Iterator[dict[str, Any]]:
+    """The VAE's decoder in bf16 beside each peer; its modules need more than the kernels do."""
+    row = {"bench": "vae", "dtype": "bf16", "size": "832x480"}
+    if only not in "vae":
+        return
+    for peer in ("diffusers", "fastvae"):
+        try:
+            from wanrt.bench import peers, vae
+
+            note = peers.absent(peer)
+            if note is None and time.monotonic() - begin > VAE_BUDGET:
+                note = "not measured: out of time"
+            result = {} if note else vae.measure("cuda", peer, "bf16", VAE_SIZE, 3)
+        except (ImportError, RuntimeError, NumericsError) as error:
+            note, result = f"not measured: {str(error).partition(chr(10))[0]}", {}
+        yield row | {"peer": peer} | ({"note": note} if note else result)
+        torch.cuda.empty_cache()
+
+
+def _tuned(only: str, begin: float, out: Path) -> dict[str, Any]:
+    """Winners as `kernels/tuned/` takes them, beside the result: who wants them copies the file."""
+    wanted, answers = tune.questions(only), []
+    path = out.with_name(f"{out.stem}.tuned.json")
+    for answer in tune.tune(wanted, "cuda", until=begin + BUDGET):
+        answers.append(answer)
+        tune.write(answers, torch.cuda.get_device_name(), path)
+    faults = [f"{a.question.key}: {fault}" for a in answers for fault in a.faults]
+    left = len(wanted) - len(answers)
+    return {"bench": "tune", "keys": len(answers), "out_of_time": left, "faults": faults}
 
 
 def _compiled(only: str) -> dict[str, Any]:
@@ -102,10 +139,6 @@ def _tested(only: str) -> dict[str, Any]:
     )
     seconds = round(time.monotonic() - start, 1)
     return {"bench": "tests"} | found | {"named": named[:40], "seconds": seconds}
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":  # where only torch, Triton, numpy, safetensors and pytest are installed
