@@ -51,8 +51,9 @@ def _tiles(arch: int, one_sum: bool, hadamard: bool) -> tuple[Tile, ...]:
         return largest, largest._replace(rows=32)
     if hadamard:
         return TURNED, TURNED._replace(stages=4)
-    first = LARGE if one_sum else SMALL
-    return first, first._replace(stages=4), first._replace(rows=128, depth=64)
+    if one_sum:
+        return LARGE, LARGE._replace(stages=2), LARGE._replace(rows=128, depth=64)
+    return SMALL, SMALL._replace(stages=4), SMALL._replace(stages=2)
 
 
 @triton.jit
