@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
 PROMPT := a red circle moving right on a navy background
-PEERS := sageattention==1.0.6 fastvae==0.1.0 diffusers==0.42.1 cache-dit==1.5.3
+PEERS := sageattention==1.0.6 fastvae==0.1.0 diffusers==0.42.1
 TORCH_INDEX ?=
 PYTHON ?=
 

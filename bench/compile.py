@@ -8,8 +8,9 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from wanrt.errors import WanrtError
-from wanrt.kernels import registry
+from wanrt.kernels import registry, winners
 from wanrt.kernels.cases import Case, all_cases
 from wanrt.kernels.launch import INTERPRETING, Launch, Mma, record
 from wanrt.kernels.target import Target
@@ -77,26 +78,34 @@ class _Driver:
 
 
 def compile_all(
-    archs: Sequence[int] = ARCHS, only: str = "", workers: int | None = None
+    archs: Sequence[int] = ARCHS,
+    only: str = "",
+    workers: int | None = None,
+    candidates: bool = False,
 ) -> list[Row]:
-    """Compile what every `wan` case starts. Raises WanrtError in Triton's interpreter."""
+    """Compile what every `wan` case starts. Raises WanrtError in Triton's interpreter.
+
+    `candidates`: with every tile that the kernels list, not only with the first.
+    """
     if INTERPRETING:
         raise WanrtError("TRITON_INTERPRET is set; unset it to compile kernels")
-    jobs = _jobs(archs, only)
+    jobs = _jobs(archs, only, candidates)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(_compile_job, jobs))
 
 
 class _Job(NamedTuple):
-    """The `index`-th launch of a case."""
+    """The `index`-th launch of a case, where the kernel that picks under `key` runs `tile`."""
 
     case: str
     arch: int
     dtype: torch.dtype
     index: int
+    key: str = ""
+    tile: tuple[int, ...] = ()
 
 
-def _jobs(archs: Sequence[int], only: str) -> list[_Job]:
+def _jobs(archs: Sequence[int], only: str, candidates: bool = False) -> list[_Job]:
     """One job for all launches that compile to the same code: those of the first case."""
     jobs: dict[Any, _Job] = {}
     for name, case in all_cases().items():
@@ -104,10 +113,22 @@ def _jobs(archs: Sequence[int], only: str) -> list[_Job]:
             continue
         for arch in archs:
             for dtype in case.dtypes:
-                for i, launch in enumerate(launches(case, arch, dtype)):
-                    kind = (arch, launch.kernel.fn.__qualname__, launch.mma, _kind(launch))
-                    jobs.setdefault(kind, _Job(name, arch, dtype, i))
+                for key, tile in _choices(case, arch, dtype, candidates):
+                    for i, launch in enumerate(launches(case, arch, dtype, {key: tile})):
+                        kind = (arch, launch.kernel.fn.__qualname__, launch.mma, _kind(launch))
+                        jobs.setdefault(kind, _Job(name, arch, dtype, i, key, tile))
     return list(jobs.values())
+
+
+def _choices(
+    case: Case, arch: int, dtype: torch.dtype, candidates: bool
+) -> list[tuple[str, tuple[int, ...]]]:
+    """No key, which is the defaults; with `candidates` every key of the case and each tile too."""
+    if not candidates:
+        return [("", ())]
+    with winners.trial() as trial:
+        launches(case, arch, dtype)
+    return [("", ()), *((key, tile) for key, tiles in trial.asked.items() for tile in tiles[1:])]
 
 
 def _kind(launch: Launch) -> Any:
@@ -127,16 +148,19 @@ def _kind(launch: Launch) -> Any:
 
 def _compile_job(job: _Job) -> Row:
     driver.set_active(_Driver(job.arch))
-    launch = launches(all_cases()[job.case], job.arch, job.dtype)[job.index]
+    case = all_cases()[job.case]
+    launch = launches(case, job.arch, job.dtype, {job.key: job.tile})[job.index]
     return _compile(launch, job.case, job.arch)
 
 
-def launches(case: Case, arch: int, dtype: torch.dtype) -> list[Launch]:
-    """What the Triton backend starts for a case; nothing where it declines."""
+def launches(
+    case: Case, arch: int, dtype: torch.dtype, tiles: Mapping[str, tuple[int, ...]] | None = None
+) -> list[Launch]:
+    """What the Triton backend starts for a case, with `tiles` by key; nothing where it declines."""
     target = Target("cuda", arch, dtype, case.result)
     if registry.reason_against(case.op, "triton", target) is not None:
         return []
-    with record(arch) as found:
+    with record(arch) as found, winners.trial(tiles) if tiles else nullcontext():
         registry.function(case.op, "triton")(*case.draw(dtype, "meta"), **case.kwargs)
     return found
 

@@ -9,6 +9,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -81,16 +82,16 @@ def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
     results = {}
     for backend, run in list(runs.items()):
         try:
-            results[backend] = _flat(run())
+            results[backend] = flat(run())
         except RuntimeError as error:  # out of memory, or a peer that declines this card
             reason = str(error).partition("\n")[0]
             rows[backend] = Row(case.id, name, backend, note=f"not measured: {reason}")
             del runs[backend]
-    cosines = {b: _cosine(y, results["torch"]) for b, y in results.items() if "torch" in results}
-    for backend, cosine in cosines.items():
-        if not cosine >= MIN_COSINE:  # a NaN too
-            note = f"not timed: its result is far from PyTorch's (cosine {cosine:.6f})"
-            rows[backend] = Row(case.id, name, backend, cosine=cosine, note=note)
+    cosines = {b: cosine(y, results["torch"]) for b, y in results.items() if "torch" in results}
+    for backend, near in cosines.items():
+        if not near >= MIN_COSINE:  # a NaN too
+            note = f"not timed: its result is far from PyTorch's (cosine {near:.6f})"
+            rows[backend] = Row(case.id, name, backend, cosine=near, note=note)
             del runs[backend]
     outputs = results.get("torch", results.get("triton", []))
     moved = sum(map(_bytes, [*_parts(tensors), *outputs]))
@@ -153,7 +154,16 @@ def _bound(function: Callable[..., Any], tensors: Any, kwargs: dict[str, Any]) -
     return lambda: function(*tensors, **kwargs)
 
 
-def _flat(result: Any) -> list[Tensor]:
+def triton_version() -> str:
+    """Of the Triton that compiles the kernels; empty where there is none."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+def flat(result: Any) -> list[Tensor]:
+    """Every tensor of a result; a quantised one as what it stands for."""
     if isinstance(result, Quantized):
         return [dequantize(result)]
     return [x for x in result if x is not None] if isinstance(result, tuple) else [result]
@@ -168,7 +178,7 @@ def _parts(inputs: Iterable[Any]) -> Iterator[Tensor]:
             yield from x
 
 
-def _cosine(actual: list[Tensor], expected: list[Tensor]) -> float:
+def cosine(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Of the first tensors, piece by piece in fp64: they may be gigabytes."""
     dot = left = right = 0.0
     pieces = (x[0].flatten().split(1 << 24) for x in (actual, expected))

@@ -1,6 +1,7 @@
-"""What wanrt is measured beside: diffusers' modules and pipeline with our weights in them."""
+"""What wanrt is measured beside: diffusers' modules and pipeline with our weights, and fastvae's."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,28 @@ def diffusers_transformer(folder: Path, device: torch.device) -> nn.Module:
 
     theirs = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
     return theirs.eval().requires_grad_(False).to(device)
+
+
+def _diffusers_decode(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda latents: vae.decode(latents).sample
+
+
+def _fastvae_decode(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    """fastvae (PyPI, MIT): its decoder made of diffusers' modules; frames `[B, 3, T, H, W]`."""
+    from fastvae import FastVAEDecoder
+
+    return FastVAEDecoder.from_vae(vae).decode
+
+
+# Peers that decode what diffusers' VAE decodes, made of it: latents as it takes them -> pixels.
+DECODERS = {"diffusers": _diffusers_decode, "fastvae": _fastvae_decode}
+NEEDED = {"diffusers": ("diffusers",), "fastvae": ("fastvae", "diffusers")}
+
+
+def absent(peer: str) -> str | None:
+    """Why a peer cannot be measured; None where it can."""
+    missing = [name for name in NEEDED[peer] if importlib.util.find_spec(name) is None]
+    return f"{peer}: absent (make peers): needs {', '.join(missing)}" if missing else None
 
 
 def diffusers_block(

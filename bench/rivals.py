@@ -29,7 +29,7 @@ def rivals(case: Case, tensors: tuple[Any, ...], device: str) -> dict[str, Run]:
 
 def absent() -> dict[str, str]:
     """Peers that are not installed, and what installs them."""
-    names = ("sageattention", "fastvae", "diffusers", "cache_dit")
+    names = ("sageattention", "fastvae", "diffusers")
     return {n: "absent (make peers)" for n in names if importlib.util.find_spec(n) is None}
 
 

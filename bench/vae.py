@@ -1,4 +1,4 @@
-"""`wanrt bench vae`: decode with the true-size VAE 2.1 beside diffusers', on the same weights.
+"""`wanrt bench vae`: decode with the true-size VAE 2.1 beside a peer's, on the same weights.
 
 Times are medians of alternating runs in one process. Peak memory is what a decode adds to the
 resident memory of a fresh process that holds the weights, by Linux's VmHWM.
@@ -27,6 +27,7 @@ from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
 from wanrt.quant.formats import PLAIN
+from wanrt.weights.load import place
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -39,9 +40,13 @@ def main(
     device: str, peer: str | None, dtypes: list[str], sizes: list[str], repeats: int, as_json: bool
 ) -> None:
     """Check, then time; a line per dtype and size. Raises NumericsError where the two disagree."""
-    if peer not in (None, "diffusers"):
-        raise UsageError(f"peer {peer!r} is not known; choose diffusers or leave it out")
+    if peer not in (None, *peers.DECODERS):
+        known = ", ".join(peers.DECODERS)
+        raise UsageError(f"peer {peer!r} is not known; choose of {known} or leave it out")
     about = machine(device)
+    if peer and (note := peers.absent(peer)):
+        print(json.dumps({"bench": "vae", "peer": peer, "note": note} | about) if as_json else note)
+        peer = None
     if not as_json:
         about_text = ", ".join(f"{key} {value}" for key, value in about.items() if value)
         print(f"VAE 2.1 decode, 9 frames, {about_text}")
@@ -51,7 +56,7 @@ def main(
         for size in sizes:
             row = {"bench": "vae", "dtype": name, "size": size}
             row |= measure(device, peer, name, _latent_size(size), repeats)
-            print(json.dumps(row | about) if as_json else _line(row), flush=True)
+            print(json.dumps(row | about) if as_json else _line(row, peer), flush=True)
 
 
 def _latent_size(size: str) -> tuple[int, int]:
@@ -66,7 +71,7 @@ def measure(
     device: str, peer: str | None, name: str, size: tuple[int, int], repeats: int
 ) -> dict[str, float]:
     """Seconds and peak bytes of ours and of the peer, their ratios and their relative error."""
-    names = ("wanrt", "diffusers") if peer else ("wanrt",)
+    names = ("wanrt", peer) if peer else ("wanrt",)
     decoders = {who: make_decoder(who, name, device) for who in names}
     latents = torch.randn(1, 16, LATENT_FRAMES, *size, device=device)
     result: dict[str, float] = {}
@@ -83,8 +88,8 @@ def measure(
         peaks = [_peak_in_child(who, name, device, size) for _ in range(_CHILDREN)]
         result[f"{who}_peak"] = statistics.median(peaks)
     if peer:
-        result["ratio"] = result["wanrt_s"] / result["diffusers_s"]
-        result["peak_ratio"] = result["wanrt_peak"] / result["diffusers_peak"]
+        result["ratio"] = result["wanrt_s"] / result[f"{peer}_s"]
+        result["peak_ratio"] = result["wanrt_peak"] / result[f"{peer}_peak"]
     return result
 
 
@@ -102,10 +107,12 @@ def make_decoder(who: str, name: str, device: str) -> Decode:
     ops = choose(VaeOps, torch.device(device), PLAIN[name])
     ours = WanVAE(VAE_2_1, ops).eval().requires_grad_(False)
     if who == "wanrt":
-        return ours.to(device, PLAIN[name]).decode
-    theirs = peers.diffusers_vae(ours).to(device, PLAIN[name])
+        for weight in ours.to(device, PLAIN[name]).parameters():
+            weight.data = place(weight.data, "vae", torch.device(device))  # as a loaded one lies
+        return ours.decode
+    theirs = peers.DECODERS[who](peers.diffusers_vae(ours).to(device, PLAIN[name]))
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1).to(device) for v in LATENT_STATISTICS[16])
-    return lambda latents: theirs.decode((latents * std + mean).to(theirs.dtype)).sample
+    return lambda latents: theirs((latents * std + mean).to(PLAIN[name]))
 
 
 def _peak_in_child(who: str, name: str, device: str, size: tuple[int, int]) -> float:
@@ -141,11 +148,12 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def _line(row: dict[str, float | str]) -> str:
+def _line(row: dict[str, float | str], peer: str | None) -> str:
     text = f"  {row['dtype']}  {row['size']:>7}  wanrt {row['wanrt_s']:.3f} s"
     text += f" ({row['wanrt_gflops']:.0f} GFLOP/s), peak {row['wanrt_peak'] / 2**20:.0f} MiB"
     if "ratio" in row:
-        text += f"  diffusers {row['diffusers_s']:.3f} s, {row['diffusers_peak'] / 2**20:.0f} MiB"
+        seconds, peak = row[f"{peer}_s"], row[f"{peer}_peak"] / 2**20
+        text += f"  {peer} {seconds:.3f} s, {peak:.0f} MiB"
         text += f"  ratio {row['ratio']:.2f}, memory {row['peak_ratio']:.2f}"
         text += f"  (relative error {row['error']:.1e})"
     return text

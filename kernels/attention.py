@@ -19,6 +19,7 @@ from wanrt.kernels.arithmetic import cast, dot
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.reference import LARGEST
 from wanrt.kernels.target import Target
+from wanrt.kernels.winners import pick
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -40,8 +41,9 @@ class Tile(NamedTuple):
 
 
 # 128 queries of 128 columns fill the registers of 8 warps. Untested on hardware.
-TILE = Tile(128, 64, 8, 2)
-TILE_INTERPRETER = Tile(128, 128, 4, 1)
+# Keys stay 64: prepared fp8 values lie in such blocks, and sums in eight or 16 bits are of so many.
+TILES = (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
+TILES_INTERPRETER = (Tile(128, 128, 4, 1), Tile(32, 128, 4, 1))
 
 
 class Scales(NamedTuple):
@@ -231,7 +233,8 @@ def attend(
     assert v.shape == k.shape or v.dtype == torch.float8_e4m3fn, f"{v.shape=}"
     q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
     width = max(32, triton.next_power_of_2(head_dim))
-    tile = tile_of(q)
+    key = f"attention/{'-'.join(product.operand for product in mma)}/{head_dim}"
+    tile = pick(key, _tiles(q), q)
     launch(
         _attention_kernel,
         (triton.cdiv(length, tile.queries), b * num_heads),
@@ -262,8 +265,13 @@ def attend(
     return out
 
 
-def tile_of(x: Tensor) -> Tile:
-    return TILE_INTERPRETER if arch_of(x) == INTERPRETER else TILE
+def _tiles(x: Tensor) -> tuple[Tile, ...]:
+    return TILES_INTERPRETER if arch_of(x) == INTERPRETER else TILES
+
+
+def keys_of(x: Tensor) -> int:
+    """Keys of one block, in every tile alike."""
+    return _tiles(x)[0].keys
 
 
 def empty_heads(q: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanrt.kernels.arithmetic import cast, dot, round_to_int8
-from wanrt.kernels.attention import Scales, interleave, load_rows, rows_dense, tile_of
+from wanrt.kernels.attention import Scales, interleave, keys_of, load_rows, rows_dense
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.reference import FP8_BITS, TINY, Preparation
 from wanrt.kernels.rotation import odd_bits
@@ -279,7 +279,7 @@ def _quantize(x: Tensor, factor: Tensor, mean: Tensor | None) -> tuple[Tensor, T
     b, num_heads, length, head_dim = x.shape
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     out_scale = torch.empty((b, num_heads, length, 1), dtype=torch.float32, device=x.device)
-    block = tile_of(x).keys
+    block = keys_of(x)
     launch(
         _quantize_heads_kernel,
         (triton.cdiv(length, block), b * num_heads),
@@ -301,7 +301,7 @@ def _quantize(x: Tensor, factor: Tensor, mean: Tensor | None) -> tuple[Tensor, T
 
 def _scale_values(v: Tensor, ready: Preparation, dtype: torch.dtype) -> Tensor:
     b, num_heads, length, head_dim = v.shape
-    block = tile_of(v).keys
+    block = keys_of(v)
     blocks = triton.cdiv(length, block)
     fp8 = dtype == torch.float8_e4m3fn
     shape = (head_dim, blocks * block) if fp8 else (length, head_dim)

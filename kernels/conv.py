@@ -24,23 +24,33 @@ from wanrt.kernels.layout import (
 )
 from wanrt.kernels.target import Target
 from wanrt.kernels.tile import Tile, widths
+from wanrt.kernels.winners import pick
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
+def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
     """The widths that waste least. Steps of 32 divide 96 and leave 99 KiB to two programs.
 
-    NOTE: chosen by registers and shared memory, two programs to a multiprocessor; not yet timed.
+    NOTE: the first is chosen by registers and shared memory, two programs to a multiprocessor; the
+    others compile as well. Not yet timed.
     """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
     if arch == INTERPRETER:
         rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
-        return Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
+        largest = Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
+        return largest, largest._replace(pixels=16)
     longest = 64 if arch in (80, 90) and channels % 64 == 0 else 32
     step = min(longest, max(16, triton.next_power_of_2(channels)))
-    return Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
+    stages = 3 if step == 16 else 4
+    first = Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, stages)
+    return (
+        first,
+        first._replace(stages=stages - 1),
+        first._replace(pixels=64, warps=4),
+        first._replace(pixels=64, warps=4, stages=stages - 1),
+    )
 
 
 @triton.jit
@@ -279,7 +289,8 @@ def _convolve(
     """`taps` and `strides` of time and of both sides of a frame; weight dense, channels last."""
     b, o, t, h, w = out.shape
     h, w = h // up, w // up
-    tile = _tile(x, o, h * w)
+    key = f"conv/{taps[0]}x{taps[1]}x{taps[1]}/{x.shape[1]}-{o}{'/up' if up > 1 else ''}"
+    tile = pick(key, _tiles(x, o, h * w), x)
     residual = None if residual is None else frames_dense(residual)
     in_fp16 = accumulator == x.dtype == torch.float16
     launch(

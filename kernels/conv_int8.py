@@ -19,19 +19,22 @@ from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, ou
 from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.target import Target
 from wanrt.kernels.tile import Tile, widths
+from wanrt.kernels.winners import pick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _tile(x: Tensor, out_channels: int, pixels: int) -> Tile:
+def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
     """Steps of 32 divide 96. NOTE: chosen by registers and shared memory; untested on hardware."""
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
     if arch == INTERPRETER:
         rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
-        return Tile(max(16, min(1024, rows)), wide, narrow, max(32, min(64, step)), 4, 1)
+        largest = Tile(max(16, min(1024, rows)), wide, narrow, max(32, min(64, step)), 4, 1)
+        return largest, largest._replace(pixels=16)
     step = 64 if channels % 64 == 0 else 32
-    return Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 4)
+    first = Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 4)
+    return first, first._replace(stages=3), first._replace(pixels=64, warps=4)
 
 
 @triton.jit
@@ -182,7 +185,7 @@ def _convolve(
     out: Tensor,
 ) -> None:
     b, o, t, h, w = out.shape
-    tile = _tile(q, o, h * w)
+    tile = pick(f"conv_int8/{q.shape[1]}-{o}", _tiles(q, o, h * w), q)
     residual = None if residual is None else frames_dense(residual)
     launch(
         _conv_int8_kernel,

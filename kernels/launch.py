@@ -66,6 +66,15 @@ def arch_of(x: Tensor) -> int:
     return _capability(x.device.index) if x.device.type == "cuda" else INTERPRETER
 
 
+def card_of(x: Tensor) -> str | None:
+    """The name of the card that will work on x; None while launches are recorded."""
+    if _recording.get() is not None:
+        return None
+    if x.device.type == "cuda":
+        return torch.cuda.get_device_name(x.device.index)
+    return "interpreter"
+
+
 @cache
 def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)

@@ -22,6 +22,7 @@ from wanrt.kernels.reference import GROUP, LARGEST, Quantized
 from wanrt.kernels.rotation import MMA as TURN
 from wanrt.kernels.rotation import rotate
 from wanrt.kernels.target import Target
+from wanrt.kernels.winners import pick
 
 MMA = {torch.int8: Mma("s8", "s32"), torch.float8_e4m3fn: Mma("e4m3", "f32")}
 BLOCK_N = GROUP  # columns of a tile, one group of a quantised result
@@ -43,13 +44,16 @@ SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 1
 TURNED = Tile(128, 32, 3, 8, 255)  # where the result is rotated: twice the sums, for a while
 
 
-def _tile(arch: int, one_sum: bool, hadamard: bool) -> Tile:
+def _tiles(arch: int, one_sum: bool, hadamard: bool) -> tuple[Tile, ...]:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
-        return Tile(512, GROUP // 2, 1, 4, 255)
+        largest = Tile(512, GROUP // 2, 1, 4, 255)
+        return largest, largest._replace(rows=32)
     if hadamard:
-        return TURNED
-    return LARGE if one_sum else SMALL
+        return TURNED, TURNED._replace(stages=4)
+    if one_sum:
+        return LARGE, LARGE._replace(stages=2), LARGE._replace(rows=128, depth=64)
+    return SMALL, SMALL._replace(stages=4), SMALL._replace(stages=2)
 
 
 @triton.jit
@@ -291,7 +295,10 @@ def _linear(
     assert groups in (1, depth / GROUP), f"{x.scale.shape=} {depth=}"
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
-    tile = _tile(arch_of(out), not by_group and residual is None and out_scale is None, hadamard)
+    one_sum = not by_group and residual is None and out_scale is None
+    kind = "rotated" if hadamard else "one-sum" if one_sum else "more"
+    key = f"linear/{rows.dtype}/{kind}/{'groups' if by_group else 'rows'}".replace("torch.", "")
+    tile = pick(key, _tiles(arch_of(out), one_sum, hadamard), out)
     weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)

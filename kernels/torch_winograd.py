@@ -11,6 +11,7 @@ Source: Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +19,47 @@ from torch import Tensor
 Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def convolve_pairs(frames: Tensor, weight: Tensor, bias: Tensor, convolve: Convolve) -> Tensor:
-    """frames [B, C, T + 2, H, W], weight [O, C, 3, 3, 3] -> [B, O, T, H, W], T even, channels last.
+class Taps(NamedTuple):
+    """What the four products are with, `[O, C, 1, 3, 3]` each: 4/3 of the weight's size."""
 
-    `convolve` applies a weight [O, C, 1, 3, 3] and a bias to every frame. Peak: beside the result,
-    three clips of half its length (one of C channels, two of O).
-    """
-    b, _, t, h, w = frames.shape
-    pairs = t - 3  # steps of 2 that a slice takes from its first frame
-    x0, x1, x2, x3 = (frames[:, :, i : i + pairs : 2] for i in range(4))
+    first: Tensor  # g0
+    sums: Tensor  # (g0 + g1 + g2) / 2
+    differences: Tensor  # (g0 - g1 + g2) / 2
+    last: Tensor  # g2
+
+
+def transform(weight: Tensor) -> Taps:
+    """weight [O, C, 3, 3, 3]."""
     g0, g1, g2 = weight.split(1, 2)
-    ends, nothing = g0 + g2, torch.zeros_like(bias)
-    y = frames.new_empty(b, t - 2, h, w, weight.shape[0]).permute(0, 4, 1, 2, 3)
-    even, odd = y[:, :, 0::2], y[:, :, 1::2]
-    m2 = convolve(x1 + x2, (ends + g1).mul_(0.5), bias)
-    m3 = convolve(x2 - x1, (ends - g1).mul_(0.5), nothing)
-    torch.add(m2, m3, out=even)
-    torch.sub(m2, m3, out=odd)
-    del m2, m3
-    even.add_(convolve(x0 - x2, g0, nothing))
-    odd.sub_(convolve(x1 - x3, g2, nothing))
-    return y
+    ends = g0 + g2
+    return Taps(g0, (ends + g1).mul_(0.5), ends.sub_(g1).mul_(0.5), g2)
+
+
+def convolve_pairs(
+    frames: Tensor, taps: Taps, bias: Tensor, convolve: Convolve, residual: Tensor | None, y: Tensor
+) -> None:
+    """frames [B, C, T + 2, H, W], T even -> y [B, O, T, H, W], to which `residual` is added.
+
+    `convolve` applies a weight [O, C, 1, 3, 3] and a bias to every frame. y may be the residual.
+    Peak: four clips of half the length (one of C channels, three of O).
+    """
+    pairs = frames.shape[2] - 3  # steps of 2 that a slice takes from its first frame
+    x0, x1, x2, x3 = (frames[:, :, i : i + pairs : 2] for i in range(4))
+    nothing = torch.zeros_like(bias)
+    m2 = convolve(x1 + x2, taps.sums, bias)
+    m3 = convolve(x2 - x1, taps.differences, nothing)
+    even = convolve(x0 - x2, taps.first, nothing).add_(m2)
+    _store(even, m3, 1, residual, y, 0)
+    del even
+    odd = m2.sub_(m3)
+    del m3
+    _store(odd, convolve(x1 - x3, taps.last, nothing), -1, residual, y, 1)
+
+
+def _store(a: Tensor, b: Tensor, sign: int, residual: Tensor | None, y: Tensor, start: int) -> None:
+    """Every second frame of y: a + sign * b and the residual's; a is used up."""
+    target = y[:, :, start::2]
+    if residual is None:
+        torch.add(a, b, alpha=sign, out=target)
+    else:
+        torch.add(a.add_(b, alpha=sign), residual[:, :, start::2], out=target)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from wanrt import clock as clock_module
-from wanrt.bench import e2e, gpu
+from wanrt.bench import e2e, gpu_slices
 from wanrt.bench.e2e_case import STATES, Case
 from wanrt.clock import Clock, added
 from wanrt.errors import NumericsError, UsageError
@@ -142,7 +142,7 @@ def test_the_slice_for_a_gpu_is_a_legal_command(monkeypatch: pytest.MonkeyPatch)
 
     asked: list[e2e.Settings] = []
     monkeypatch.setattr(e2e, "main", lambda settings, as_json, out: asked.append(settings))
-    done = CliRunner().invoke(app, [*gpu.REQUEST, "--peer", "diffusers"])
+    done = CliRunner().invoke(app, [*gpu_slices.E2E, "--repeats", "1", "--peer", "diffusers"])
     assert done.exit_code == 0, done.output
     assert asked == [
         e2e.Settings("wan2.1-t2v-1.3b", num_steps=4, peer="diffusers", device="cuda", repeats=1)

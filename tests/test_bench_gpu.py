@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from wanrt.bench import chain, model, true_shapes, vram
+from wanrt.bench import chain, gpu, model, true_shapes, vram
 from wanrt.errors import NumericsError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,3 +108,27 @@ def test_blocks_of_the_decoder_beside_their_rivals(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(chain.MIN_COSINE, "int8", 1.1)
     found = [row for row in chain.rows("cpu", 32, 16, 1) if row.name == "int8"]
     assert all(row.seconds is None and row.cosine > 0.995 for row in found)
+
+
+def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is fine, one dies, one takes too long; what they said before is kept."""
+    code = {
+        "ops": 'print(\'{"bench": "ops", "case": 1}\'); print(\'by the way\')',
+        "chain": "print('{\"bench\": \"chain\"}', flush=True); raise SystemExit('misaligned address')",
+        "vae": 'print(\'{"bench": "vae"}\', flush=True); import time; time.sleep(60)',
+    }
+    for name, seconds in (("ops", 30.0), ("chain", 30.0), ("vae", 2.0)):
+        monkeypatch.setitem(gpu.SLICES, name, gpu.SLICES[name]._replace(seconds=seconds))
+    monkeypatch.setattr(gpu, "_command", lambda name, *_: [sys.executable, "-c", code[name]])
+    monkeypatch.setitem(gpu.SLICES, "tune", gpu.SLICES["tune"]._replace(seconds=1e9))
+    until = time.monotonic() + 40
+    assert list(gpu.run(["ops", "chain", "vae", "tune"], "", until)) == [
+        {"bench": "ops", "case": 1},
+        {"bench": "chain"},
+        {"bench": "chain", "failed": 1, "note": "misaligned address"},
+        {"bench": "vae"},
+        {"bench": "vae", "note": "not finished within 2 s"},
+        {"bench": "tune", "note": "not run: out of time (--only tune)"},
+    ]
+    with pytest.raises(UsageError, match="no slice 'speed'; choose of compile, tests, ops,"):
+        gpu.main("ops,speed", "", None)

@@ -87,7 +87,8 @@ def ops_of(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> VaeOps:
     for module in (conv, conv_int8, channel_norm):
         monkeypatch.setattr(module, "launch", lambda *args, **options: None)
     for module in (conv, conv_int8):
-        monkeypatch.setattr(module, "_tile", lambda *args: conv.Tile(128, 64, 0, 32, 4, 4))
+        tiles = (conv.Tile(128, 64, 0, 32, 4, 4),)
+        monkeypatch.setattr(module, "_tiles", lambda *args: tiles)
     return TORCH._replace(
         rms_norm_channels=rms_norm_channels,
         causal_conv3d=conv.causal_conv3d,
@@ -201,7 +202,7 @@ def test_caches_in_host_memory_are_counted(band: int | None) -> None:
 def test_a_still_clip_keeps_a_little_more() -> None:
     """Each band one activation at half size; whole frames no more than they held before."""
     size = (720, 1280, 4)
-    for work, least, most in ((VaeWork(1), 1, 1.001), (VaeWork(1, band=10), 1.05, 1.4)):
+    for work, least, most in ((VaeWork(1), 1, 1.001), (VaeWork(1, band=10), 1.05, 1.5)):
         usual = encode_bytes(SPECS["2.1"], *size, work, still=False)
         still = encode_bytes(SPECS["2.1"], *size, work)
         assert still.caches == usual.caches

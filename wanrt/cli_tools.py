@@ -130,7 +130,7 @@ def _one_of(what: str, value: str, legal: tuple[str, ...]) -> Any:
 
 def bench_vae(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    peer: Annotated[str | None, typer.Option(help="diffusers, or nothing.")] = None,
+    peer: Annotated[str | None, typer.Option(help="diffusers, fastvae, or nothing.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or both as fp32,bf16.")] = "fp32,bf16",
     sizes: Annotated[str, typer.Option(help="Frame sizes.")] = "64x64,96x96",
     repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,
@@ -144,7 +144,7 @@ def bench_vae(
 
 def bench_block(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    peer: Annotated[str | None, typer.Option(help="diffusers, or nothing.")] = None,
+    peer: Annotated[str | None, typer.Option(help="diffusers, fastvae, or nothing.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or both as fp32,bf16.")] = "fp32,bf16",
     tokens: Annotated[int, typer.Option(help="Sequence length.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,
@@ -243,11 +243,15 @@ def bench_compile(
     workers: Annotated[int, typer.Option(help="Processes; as many as cores by default.")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Markdown file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+    candidates: Annotated[
+        bool, typer.Option("--candidates", help="Every tile that `bench tune` tries, too.")
+    ] = False,
 ) -> None:
     """Compile every kernel for every architecture; needs no GPU. Fails on spills and the like."""
     from wanrt.bench import compile_report
 
-    compile_report.main(archs.split(",") if archs else [], only, workers, out, as_json)
+    wanted = archs.split(",") if archs else []
+    compile_report.main(wanted, only, workers, out, as_json, candidates)
 
 
 def bench_quality(
@@ -281,6 +285,19 @@ def bench_ops(
     ops.main(device, only, as_json)
 
 
+def bench_tune(
+    device: Annotated[str, typer.Option(help="cuda.")] = "cuda",
+    only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="JSON; else where the kernels look.")
+    ] = None,
+) -> None:
+    """Time every tile that the kernels list on this GPU, and write the winners."""
+    from wanrt.bench import tune
+
+    tune.main(device, only, out)
+
+
 def bench_engines(
     out: Annotated[Path, typer.Option(help="Folder of the engines; kept.")] = Path("dist/engines"),
     model: Annotated[list[str] | None, typer.Option(help="Repeatable; all.")] = None,
@@ -297,13 +314,14 @@ def bench_engines(
 
 
 def bench_gpu(
-    only: Annotated[str, typer.Option(help="Cases and tests that have this in their name.")] = "",
+    only: Annotated[str, typer.Option(help="Slices, as vram,tune; all of them.")] = "",
+    cases: Annotated[str, typer.Option(help="Ops and tests with this in their name.")] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON lines; appended.")] = None,
 ) -> None:
-    """Compile, test and measure every kernel on this machine's GPU, within nine minutes."""
+    """Compile, test and measure on this machine's GPU, in slices, within nine minutes."""
     from wanrt.bench import gpu
 
-    gpu.main(only, out)
+    gpu.main(only, cases, out)
 
 
 def bench_watermark(
@@ -363,6 +381,7 @@ def add_to(app: typer.Typer) -> None:
     bench.command("model")(bench_model)
     bench.command("vram")(bench_vram)
     bench.command("quality")(bench_quality)
+    bench.command("tune")(bench_tune)
     bench.command("engines")(bench_engines)
     bench.command("gpu")(bench_gpu)
     bench.command("watermark")(bench_watermark)

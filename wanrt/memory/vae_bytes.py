@@ -58,7 +58,8 @@ def decode_bytes(
         _decode_band(walk, x, spec, band)
         caches.append(walk.take_caches())
         if work.order == "time":
-            walk.live += pixels * (band.result.stop - band.result.start) // band.result.height
+            rows = band.result.stop - band.result.start + 2  # a view of what met the inner edges
+            walk.live += pixels * rows // band.result.height
     walk.spike(2 * pixels if work.band else 0)
     return _total(walk, caches)
 

@@ -64,18 +64,17 @@ class TorchOps:
 
     def conv(self, x: Clip, conv: Conv) -> int:
         """Peak bytes, the result and the frames to remember with it."""
-        e, out_frame = self.element_size, conv.out * x.pixels
+        e, tail = self.element_size, conv.past * x.frame * self.element_size
+        result = conv.out * x.pixels * e  # of one frame
+        whole = result * x.frames // conv.stride
+        if not (conv.past or conv.norm or conv.in_place or x.scattered):
+            return whole
         sizes = self._pieces(x)
-        single = len(sizes) == 1 and not conv.in_place
-        held = 0 if single or conv.in_place else out_frame * x.frames // conv.stride * e
-        tail, before, peak = conv.past * x.frame * e, 0, 0
-        for n in sizes:
-            behind = (conv.past + n) * x.frame * e if conv.past else 0
-            result = out_frame * n // conv.stride * e
-            norm = self._norm(x._replace(frames=n)) if conv.norm else 0
-            peak = max(peak, held + before + behind + max(norm, result + tail))
-            before = result + tail
-        return peak
+        piece, kept = result * sizes[0] // conv.stride, 0 if conv.in_place else whole
+        if len(sizes) == 1 and not conv.in_place:
+            piece, kept, tail = 0, 0, tail + whole
+        norm = self._norm(x._replace(frames=sizes[0])) if conv.norm else 0
+        return kept + (conv.past + sizes[0]) * x.frame * e + max(norm, piece, tail)
 
     def conv_int8(self, x: Clip, conv: Conv) -> int:
         """Padded int8 frames, and one frame at a time in 32 bits: its input, or sums and result."""
@@ -107,13 +106,13 @@ class TorchOps:
         """Of one frame: norm; queries, keys, values; scores and weights where nothing is fused."""
         e, queries = self.element_size, max(1, SCORES // x.pixels)
         scores = 2 * min(queries, x.pixels) * x.pixels * e
-        return max(self._norm(x) + x.frame * e, 7 * x.frame * e + scores)
+        return max(3 * x.size * 4 + 4 * x.pixels * 4, 7 * x.frame * e + scores)
 
     def _norm(self, x: Clip) -> int:
         """Of a norm and SiLU, beside the buffer that takes the result."""
         rows = x.size * self.element_size if x.scattered else 0
         as_fp32 = 0 if self.element_size == 4 else x.size * 4
-        return rows + as_fp32 + 2 * x.size * 4 + 4 * x.pixels * x.frames * 4
+        return rows + as_fp32 + 4 * x.pixels * x.frames * 4
 
     def _pieces(self, x: Clip) -> list[int]:
         n = max(2, PIECE // x.frame // 2 * 2)

@@ -98,9 +98,9 @@ def load_component(
                 weights.read_into(stream.place_of(name), name, device)
             elif changes and name in changes:
                 tensor = weights.read_changed(name, changes[name], device)
-                assign(module, name, _place(tensor, kind, device))
+                assign(module, name, place(tensor, kind, device))
             else:
-                assign(module, name, _place(weights.read(name, device), kind, device))
+                assign(module, name, place(weights.read(name, device), kind, device))
         done += weights.num_bytes(name)
         if progress:
             progress(done, weights.total)
@@ -183,10 +183,10 @@ def read_spiece(path: str | Path) -> bytes | None:
     return None
 
 
-def _place(tensor: Tensor, kind: Kind, device: torch.device) -> Tensor:
-    """On the device, where the VAE's kernels read weights channels last: so they lie, for good."""
+def place(tensor: Tensor, kind: Kind, device: torch.device) -> Tensor:
+    """On the device. Convolutions of the VAE read weights channels last: so they lie, for good."""
     tensor = tensor.to(device)
-    if kind != "vae" or device.type == "cpu" or tensor.ndim < 4:
+    if kind != "vae" or tensor.ndim < 4:
         return tensor
     last = torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
     return tensor.contiguous(memory_format=last)
