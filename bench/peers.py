@@ -1,4 +1,4 @@
-"""What wanrt is measured beside: diffusers' modules and pipeline with our weights, and fastvae's."""
+"""What wanrt is measured beside, with our weights: diffusers' modules and pipeline, fastvae."""
 
 import importlib.util
 from collections.abc import Callable

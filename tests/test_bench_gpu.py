@@ -114,7 +114,7 @@ def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """One is fine, one dies, one takes too long; what they said before is kept."""
     code = {
         "ops": 'print(\'{"bench": "ops", "case": 1}\'); print(\'by the way\')',
-        "chain": "print('{\"bench\": \"chain\"}', flush=True); raise SystemExit('misaligned address')",
+        "chain": "print('{\"bench\": \"chain\"}', flush=True); raise SystemExit('bad address')",
         "vae": 'print(\'{"bench": "vae"}\', flush=True); import time; time.sleep(60)',
     }
     for name, seconds in (("ops", 30.0), ("chain", 30.0), ("vae", 2.0)):
@@ -125,7 +125,7 @@ def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(gpu.run(["ops", "chain", "vae", "tune"], "", until)) == [
         {"bench": "ops", "case": 1},
         {"bench": "chain"},
-        {"bench": "chain", "failed": 1, "note": "misaligned address"},
+        {"bench": "chain", "failed": 1, "note": "bad address"},
         {"bench": "vae"},
         {"bench": "vae", "note": "not finished within 2 s"},
         {"bench": "tune", "note": "not run: out of time (--only tune)"},
