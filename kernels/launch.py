@@ -70,9 +70,12 @@ def card_of(x: Tensor) -> str | None:
     """The name of the card that will work on x; None while launches are recorded."""
     if _recording.get() is not None:
         return None
-    if x.device.type == "cuda":
-        return torch.cuda.get_device_name(x.device.index)
-    return "interpreter"
+    return _card(x.device.index) if x.device.type == "cuda" else "interpreter"
+
+
+@cache
+def _card(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @cache

@@ -77,6 +77,7 @@ def pick(key: str, tiles: Sequence[T], x: Tensor) -> T:
     return tiles[0] if winner is None else _known(key, tuple(tiles), tuple(winner.tile.items()))
 
 
+@cache
 def slug(card: str) -> str:
     """A card's name as the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
