@@ -106,10 +106,8 @@ class Marker:
     ) -> Saved:
         """As `save_video`."""
         target = self.check(path, codec, crf, overwrite)
-        mark, clock = (
-            Mark(target, origin, self.marking, self.key, self.steps.missing, extra),
-            self.clock,
-        )
+        clock = self.clock
+        mark = Mark(target, origin, self.marking, self.key, self.steps.missing, extra)
         marked = clock.each("watermark", mark.frames(frames))
         seal = clock.within("sign", mark.seal)
         try:
