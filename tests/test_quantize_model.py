@@ -33,7 +33,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert set(a) == set(b)
     for name in a:
         assert a[name].dtype == b[name].dtype, name
-        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+        assert torch.equal(*(held[name].contiguous().view(torch.uint8) for held in (a, b))), name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -178,7 +178,7 @@ def _with_engines(model: _Model, path: Path, card: int, precision: Precision) ->
     name = held.partition("/")[0]
     if precision not in ("auto", name):
         raise UsageError(f"precision {precision} asked; the bundle {path} is in {name}")
-    return _Model(model.spec, held, None, engines, model.vae_int8)
+    return _Model(model.spec, held, engines=engines, vae_int8=model.vae_int8)
 
 
 def _request(spec: WanSpec, task: str, **settings: Any) -> Request:

@@ -327,7 +327,8 @@ def _coded(
     size = (ask.height, ask.width)
     if engines is not None:
         return coder_bytes(spec, name, *size, ask.num_frames, vae.element, work.host, engines)
-    backend = machine.backend if vae.element == 2 else "torch"
+    plain = "cpu" if machine.device == "cpu" else "torch"
+    backend = machine.backend if vae.element == 2 else plain
     if name == "encode":
         need = encode_bytes(spec, *size, vae.element, work, backend)
     else:

@@ -3,10 +3,11 @@
 from typing import Literal, NamedTuple
 
 from wanrt.config import VaeWork
-from wanrt.memory.vae_op_bytes import Clip, Conv, TorchOps, TritonOps
+from wanrt.memory.vae_op_bytes import Clip, Conv, CpuOps, TorchOps, TritonOps
 from wanrt.vae_shapes import Band, Rows, Stage
 
-Backend = Literal["torch", "triton"]
+Backend = Literal["cpu", "torch", "triton"]
+_OPS = {"cpu": CpuOps, "torch": TorchOps, "triton": TritonOps}
 
 
 class Held(NamedTuple):
@@ -29,7 +30,7 @@ class ByteWalk:
     ) -> None:
         """int8_from: the first level whose residual blocks are int8."""
         backend = backend or ("triton" if element_size == 2 else "torch")
-        self.ops = (TorchOps if backend == "torch" else TritonOps)(element_size)
+        self.ops = _OPS[backend](element_size)
         self.size, self.work = element_size, work
         self.int8_from = int8_from
         self.live = self.peak = self.caches = 0

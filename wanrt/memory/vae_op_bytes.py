@@ -1,7 +1,7 @@
 """Bytes that the VAE's ops take while they run, beside what they are given: by backend.
 
-The numbers follow the code of `kernels/torch_conv.py` (off the CPU, where a norm is not cut into
-slabs and no Winograd is done), `torch_conv_int8.py`, `conv.py` and `conv_int8.py`. What a library
+The numbers follow the code of `kernels/torch_conv.py` (a norm as off the CPU, where it is not cut
+into slabs), `torch_winograd.py`, `torch_conv_int8.py`, `conv.py` and `conv_int8.py`. What a library
 allocates inside one call (cuDNN's workspace, a fused attention's sums) is not seen here; a plan
 needs room for it.
 """
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 PIECE = 1 << 21  # kernels/torch_conv.py: elements of input that go through a convolution at once
+FEW_PIXELS = 512  # the same: on smaller frames no pairs are made
 SCORES = 1 << 24  # models/vae_layers.py: attention scores at once
-
-
 _BIAS = 8  # bytes for each output: models/vae_layers.py makes int8 convolutions a bias
 
 
@@ -74,7 +73,12 @@ class TorchOps:
         if len(sizes) == 1 and not conv.in_place:
             piece, kept, tail = 0, 0, tail + whole
         norm = self._norm(x._replace(frames=sizes[0])) if conv.norm else 0
+        piece = max(piece, self._in_pairs(x, conv, sizes[0], tail))
         return kept + (conv.past + sizes[0]) * x.frame * e + max(norm, piece, tail)
+
+    def _in_pairs(self, x: Clip, conv: Conv, frames: int, result: int) -> int:
+        """Beside these frames, where Winograd takes them in pairs; it does not here."""
+        return 0
 
     def conv_int8(self, x: Clip, conv: Conv) -> int:
         """Padded int8 frames, and one frame at a time in 32 bits: its input, or sums and result."""
@@ -117,6 +121,18 @@ class TorchOps:
     def _pieces(self, x: Clip) -> list[int]:
         n = max(2, PIECE // x.frame // 2 * 2)
         return [min(n, x.frames - i) for i in range(0, x.frames, n)]
+
+
+class CpuOps(TorchOps):
+    """Those of torch_conv.py in fp32 on a CPU, where frames go in pairs."""
+
+    def _in_pairs(self, x: Clip, conv: Conv, frames: int, result: int) -> int:
+        """Four clips of half the length, a third of the weight twice, and the result."""
+        taps = conv.past == 2 and conv.stride == 1
+        if not taps or frames == 1 or x.pixels < FEW_PIXELS:
+            return 0
+        halves = frames // 2 * (x.frame + 3 * conv.out * x.pixels)
+        return (halves + 2 * 9 * conv.out * x.channels) * self.element_size + result
 
 
 @dataclass(frozen=True)

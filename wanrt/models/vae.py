@@ -87,7 +87,8 @@ class WanVAE(nn.Module):
         work = work or VaeWork(chunk)
         pieces = self._video_pieces(video, work.chunk, first=True)
         course = self._course(self.encoder, self.encoder_state(), work, video)
-        return torch.cat(list(encode_pieces(self, pieces, course, work, still, ends=True)), dim=2)
+        latents = list(encode_pieces(self, pieces, course, work, still, ends=True))
+        return torch.cat(latents, dim=2).contiguous()
 
     def encode_chunks(
         self,
