@@ -25,7 +25,8 @@ class GraphVae(nn.Module):
     which need both copies of one section's caches at a time and not of all: those of the narrowest
     range that has the clip's size. States are the ones of WanVAE in the same dtype: a clip may go
     from one to the other. Work that asks for less at once than the graphs take (bands, single
-    frames), and clips larger than all ranges, are done by `vae` itself.
+    frames), clips larger than all ranges, and a side whose graphs are incomplete are left to `vae`
+    itself.
     """
 
     def __init__(self, vae: WanVAE, graphs: Graphs) -> None:
@@ -159,16 +160,16 @@ class GraphVae(nn.Module):
         return all(self._graphs.has(run.graph(first)) for run in runs for first in (True, False))
 
     def _is_native(self, side: Side, clip: Tensor, work: VaeWork) -> bool:
-        """Whether the modules do it: it asks for less at once, or the clip is too large.
+        """Whether the modules do it: it asks for less at once, or no whole set of graphs takes it.
 
-        Raises FormatError where a bundle has no whole set of graphs for any size.
+        Raises FormatError where there is no such set for any size, nor weights for the modules.
         """
         few = work.frames is not None and work.frames < self.spec.temporal_stride
         if work.band is not None or work.order == "bands" or few:
             return True
         if self._whole(side) or self._cut(side, clip):
             return False
-        if any(self._there(side.cut(sizes)) for sizes in RANGES):
+        if not self._bare or any(self._there(side.cut(sizes)) for sizes in RANGES):
             return True
         raise FormatError(
             "the bundle",
@@ -177,9 +178,14 @@ class GraphVae(nn.Module):
             "export the VAE again",
         )
 
+    @property
+    def _bare(self) -> bool:
+        """The weights are within the graphs and nowhere else."""
+        return self.vae.conv1.weight.is_meta
+
     def _native(self, work: VaeWork) -> WanVAE:
         """Raises UsageError where the weights are within the graphs and nowhere else."""
-        if self.vae.conv1.weight.is_meta:
+        if self._bare:
             raise UsageError(
                 f"{work} asks for less at once, or for larger frames, than the VAE's graphs code "
                 "with their weights in them; export it without --embed, or allow more with --vram"
