@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from wanrt.bench import peers
 from wanrt.bench.measure import alternate, machine
 from wanrt.bench.pictures import closeness
-from wanrt.bench.rivals import absent
 from wanrt.config import VAE_2_1
 from wanrt.kernels import reference_vae, registry
 from wanrt.models.layers import choose
@@ -134,7 +133,7 @@ def _ways(case: _Case, device: str) -> dict[str, Callable[[], Tensor]]:
         sums = partial(ops.causal_conv3d, accumulator=torch.float16)
         runs["fp16"] = _block_run(case, ops, torch.float16)
         runs["fp16-accumulate"] = _block_run(case, ops._replace(causal_conv3d=sums), torch.float16)
-    if "diffusers" not in absent():
+    if peers.absent("diffusers") is None:
         runs["diffusers"] = _diffusers_run(case)
     return runs
 

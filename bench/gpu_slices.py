@@ -114,7 +114,7 @@ def decoded(asked: Asked) -> Iterator[Record]:
 
 def modelled(asked: Asked) -> Iterator[Record]:
     """A forward of the 1.3B with a LoRA beside it, then a block of the 14B."""
-    rivals = () if "diffusers" in absent() else ("diffusers", "compile")
+    rivals = () if peers.absent("diffusers") else ("diffusers", "compile")
     whole = model.Settings(peers=rivals, lora=True)
     for settings in (whole, replace(whole, variant="wan2.1-t2v-14b", blocks=1, lora=False)):
         for row in model.measure(settings):
@@ -135,7 +135,7 @@ def kept(asked: Asked) -> Iterator[Record]:
 def requested(asked: Asked) -> Iterator[Record]:
     """Whole requests of the true-shaped 1.3B, cold and warm."""
     command = [sys.executable, "-m", "wanrt", *E2E, "--repeats", "1"]
-    command += [] if "diffusers" in absent() else ["--peer", "diffusers"]
+    command += [] if peers.absent("diffusers") else ["--peer", "diffusers"]
     done = subprocess.run(command, capture_output=True, text=True)
     failed = {"note": f"not measured: {done.stderr.strip()[-400:]}"}
     yield failed if done.returncode else json.loads(done.stdout)
