@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from wanrt.bench.sass import TOOLS, Loop, busiest_loop
 from wanrt.errors import WanrtError
 from wanrt.kernels import registry, winners
 from wanrt.kernels.cases import Case, all_cases
@@ -31,7 +32,6 @@ from wanrt.kernels.target import Target
 # Source: CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 ARCHS = tuple(SHARED_MEMORY)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async)[\w.]*?\.(f32|f16|s32)\.(bf16|f16|tf32|s8|e4m3)\."
 )
@@ -50,6 +50,7 @@ class Row:
     spilled: int  # bytes of stack
     shared: int  # bytes
     mma: tuple[str, ...]
+    loop: Loop | None  # the busiest one with products
     faults: tuple[str, ...]
 
 
@@ -179,6 +180,7 @@ def _compile(launch: Launch, case: str, arch: int) -> Row:
         spilled=spilled,
         shared=shared,
         mma=tuple(sorted(f"{mma.operand}->{mma.accumulator}" for mma in found)),
+        loop=busiest_loop(compiled.asm["cubin"]) if found else None,
         faults=tuple(_faults(launch.mma, found, spilled, shared, arch)),
     )
 
@@ -214,16 +216,18 @@ def _resources(cubin: bytes) -> _Resources:
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, and the versions they were made with."""
     lines = [
-        f"Triton {triton.__version__}. Shared memory in KiB, spills in bytes.",
+        f"Triton {triton.__version__}. Shared memory in KiB, spills in bytes. *to one*: how many "
+        "instructions the busiest loop has to each of its products.",
         "",
-        "| kernel | first case | arch | warps | registers | spills | shared | products |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | first case | arch | warps | registers | spills | shared | products | to one |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     once = {replace(row, case=""): row for row in reversed(rows)}  # what compiled alike, first case
     for r in sorted(once.values(), key=lambda r: (r.kernel, r.case, r.arch)):
         shared = math.ceil(r.shared / 1024)
+        to_one = "" if r.loop is None else f"{r.loop.instructions / r.loop.products:.1f}"
         lines.append(
             f"| `{r.kernel}` | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spilled} "
-            f"| {shared} | {' '.join(r.mma)} |"
+            f"| {shared} | {' '.join(r.mma)} | {to_one} |"
         )
     return "\n".join(lines)

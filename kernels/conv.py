@@ -47,14 +47,13 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
         largest = Tile(max(16, min(1024, rows)), wide, narrow, step, 1, 4, 1)
         unroll = turns(largest, channels, x.element_size(), arch, FP16_TERMS)[-1]
         return largest, largest._replace(pixels=16), largest._replace(unroll=unroll)
-    large = arch in (80, 90)
-    step = 64 if large and channels % 64 == 0 else 32
+    step = 64 if arch == 90 and channels % 64 == 0 else 32
     step = min(step, max(16, triton.next_power_of_2(channels)))
     warps = 8 if wide + narrow > 64 else 4
     first = Tile(128, wide, narrow, step, 1, warps, 3 if step == 16 else 4)
     unroll = turns(first, channels, x.element_size(), arch, FP16_TERMS)[-1]
     long = first._replace(unroll=unroll, stages=3)
-    if in_fp16 or large:
+    if in_fp16 or arch in (80, 90):
         first, long = long, first
     small = first._replace(pixels=64, warps=4)
     tiles = (first, long, first._replace(stages=first.stages - 1), small)

@@ -28,11 +28,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
-    """Steps of 32 divide 96; turns as long as leaves room for two of them.
+    """Steps of 32 divide 96; turns that do as much as leaves room for two of them.
 
-    Products of s8 are done before the instructions around them are, so these have to be few: turns
-    are long, and a program has many pixels where its channels leave registers for them. NOTE:
-    chosen by what compiles to few instructions; the others compile as well. Not yet timed.
+    Products of s8 are done sooner than the instructions around them and the loads for them, so both
+    have to be few: 16 warps of 256 pixels read less than twice eight of 128. NOTE: chosen by what
+    compiles to few instructions; the others compile as well. Not yet timed.
     """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
@@ -45,18 +45,25 @@ def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
     warps = 8 if wide + narrow > 64 else 4
     plain = Tile(128, wide, narrow, 64 if channels % 64 == 0 else 32, 1, warps, 4)
     long = max(_long(plain, channels, arch), key=lambda t: (t.pixels * t.step * t.unroll, t.pixels))
-    unroll = turns(plain, channels, 1, arch, channels)[-1]
-    tiles = (long, plain._replace(unroll=unroll, stages=3), plain, plain._replace(stages=3))
-    return tuple(dict.fromkeys((*tiles, plain._replace(pixels=64, warps=4))))
+    few = plain._replace(unroll=turns(plain, channels, 1, arch, channels)[-1], stages=3)
+    tiles = (long, few, plain, plain._replace(stages=3), plain._replace(pixels=64, warps=4))
+    return tuple(dict.fromkeys(tiles))
 
 
 def _long(plain: Tile, channels: int, arch: int) -> Iterator[Tile]:
-    """Every tile with many pixels, or many channels to a turn."""
-    for pixels in (128, 256) if plain.wide + plain.narrow <= 96 else (128,):
-        for step in (plain.step, 32):
-            tile = plain._replace(pixels=pixels, step=step, stages=3)
-            for unroll in turns(tile, channels, 1, arch, channels):
-                yield tile._replace(unroll=unroll)
+    """Tiles with many channels to a turn; on GeForce cards also with many pixels.
+
+    Twice the pixels read weights half as often. 16 warps have 128 registers to a thread, enough for
+    turns of 96 channels in steps of 32.
+    """
+    for step in (plain.step, 32):
+        tile = plain._replace(step=step, stages=3)
+        for unroll in turns(tile, channels, 1, arch, channels):
+            yield tile._replace(unroll=unroll)
+    if arch not in (80, 90):
+        tile = plain._replace(pixels=256, step=32, warps=2 * plain.warps, stages=3)
+        for unroll in turns(tile, channels, 1, arch, 96):
+            yield tile._replace(unroll=unroll)
 
 
 @triton.jit
@@ -70,25 +77,27 @@ def _multiply(pixels, weight_ptr, held, acc):
 
 
 @triton.jit
+def _begin(border_ptr, border, exists, channel, OUT: tl.constexpr):
+    """What sums start from, so that zeros outside of frames count as the format's own zero."""
+    mask = exists[:, None] & (channel < OUT)[None, :]
+    return -tl.load(border_ptr + (border[:, None] + channel[None, :]), mask, 0)
+
+
+@triton.jit
 def _finish(
     acc,
     scale_ptr,
     bias_ptr,
-    border_ptr,
     residual_ptr,
     out_ptr,
-    rows,
+    place,
     channel,
+    exists,
     OUT: tl.constexpr,
 ):
-    """Take the border off, scale, add bias and residual, round once.
-
-    `rows` has of each pixel where its border and its channels begin, and whether it exists.
-    """
-    border, place, exists = rows
+    """Scale, add bias and residual, round once; `place` is where a pixel's channels begin."""
     held = channel < OUT
     mask = exists[:, None] & held[None, :]
-    acc -= tl.load(border_ptr + (border[:, None] + channel[None, :]), mask, 0)
     y = acc.to(tl.float32) * tl.load(scale_ptr + channel, held, 0.0)[None, :]
     y += tl.load(bias_ptr + channel, held, 0.0).to(tl.float32)[None, :]
     at = place[:, None] + channel[None, :]
@@ -150,11 +159,14 @@ def _conv_int8_kernel(
 
     channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
     columns = channel[None, :] * SPAN + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    side_h = tl.where(row == 0, 1, 0) + tl.where(row == height - 1, 2, 0)
+    side_w = tl.where(column == 0, 1, 0) + tl.where(column == width - 1, 2, 0)
+    border = (missing * 16 + side_h * 4 + side_w) * OUT
+    acc = _begin(border_ptr, border, row < height, channel, OUT)
     if NARROW_N > 0:
         narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
         narrow_columns = narrow[None, :] * SPAN + k[:, None]
-        narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.int32)
+        narrow_acc = _begin(border_ptr, border, row < height, narrow, OUT)
 
     for turn in range(missing * 9 * TURNS, 27 * TURNS):
         tap, done = turn // TURNS, turn % TURNS * UNROLL * BLOCK_K
@@ -177,19 +189,14 @@ def _conv_int8_kernel(
                 held = None if WHOLE else there[:, None] & (narrow < OUT)[None, :]
                 narrow_acc = _multiply(pixels, taps_ptr + past + narrow_columns, held, narrow_acc)
 
-    side_h = tl.where(row == 0, 1, 0) + tl.where(row == height - 1, 2, 0)
-    side_w = tl.where(column == 0, 1, 0) + tl.where(column == width - 1, 2, 0)
-    border = (missing * 16 + side_h * 4 + side_w) * OUT
     place = pixel * OUT  # 32 bits do within a frame
     out_ptr += sample * stride_ob + time * stride_ot
     if residual_ptr is not None:
         residual_ptr += sample * stride_rb + time * stride_rt
-    rows = border, place, row < height
-    _finish(acc, scale_ptr, bias_ptr, border_ptr, residual_ptr, out_ptr, rows, channel, OUT)
+    exists = row < height
+    _finish(acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, place, channel, exists, OUT)
     if NARROW_N > 0:
-        _finish(
-            narrow_acc, scale_ptr, bias_ptr, border_ptr, residual_ptr, out_ptr, rows, narrow, OUT
-        )
+        _finish(narrow_acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, place, narrow, exists, OUT)
 
 
 def causal_conv3d_int8(

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 # 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
 _WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
-_SHARED = {80: 160 << 10, 90: 224 << 10}  # bytes that a program may take; elsewhere 96 KiB
+_SHARED = {80: 160 << 10, 90: 216 << 10}  # bytes that a program may take; elsewhere 96 KiB
 _READING = 32  # to read its pixels costs a program about as much as this many channels more
 
 
@@ -37,10 +37,11 @@ def widths(out_channels: int) -> tuple[int, int]:
 def turns(tile: Tile, channels: int, num_bytes: int, arch: int, longest: int) -> tuple[int, ...]:
     """How many steps a turn may have, fewest first: those that divide a tap's channels.
 
-    At most `longest` channels, and so many that two turns' pixels and weights (`num_bytes` each)
-    lie in shared memory at once.
+    At most `longest` channels, and so many that the pixels and weights (`num_bytes` each) of two
+    turns lie in shared memory at once; on 9.0, whose products read it while others are loaded, of
+    three.
     """
-    row = 2 * num_bytes * (tile.pixels + tile.wide + tile.narrow)  # of one channel, twice
+    row = (3 if arch == 90 else 2) * num_bytes * (tile.pixels + tile.wide + tile.narrow)
     most = min(longest, _SHARED.get(arch, 96 << 10) // row) // tile.step
     steps = cdiv(channels, tile.step)
     return tuple(n for n in range(1, max(1, most) + 1) if steps % n == 0)
