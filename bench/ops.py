@@ -9,7 +9,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from wanrt.bench.measure import alternate, machine
 from wanrt.bench.rivals import rivals
 from wanrt.errors import UsageError
+from wanrt.installed import release
 from wanrt.kernels import registry
 from wanrt.kernels.cases import Case, all_cases
 from wanrt.kernels.reference import Quantized, dequantize
@@ -156,10 +156,7 @@ def _bound(function: Callable[..., Any], tensors: Any, kwargs: dict[str, Any]) -
 
 def triton_version() -> str:
     """Of the Triton that compiles the kernels; empty where there is none."""
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return ""
+    return release("triton", "triton-windows") or ""
 
 
 def flat(result: Any) -> list[Tensor]:

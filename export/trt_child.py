@@ -58,9 +58,13 @@ def build(head: dict[str, Any], graph: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _config(trt: ModuleType, builder: Any, network: Any, head: dict[str, Any]) -> Any:
-    """One profile with the ranges that were given; fp32 products in fp32, not in TF32."""
+    """One profile with the ranges that were given; fp32 products in fp32, not in TF32.
+
+    All on one stream: branches side by side would need memory for each of them at once.
+    """
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.max_aux_streams = 0
     if head["capabilities"]:
         config.num_compute_capabilities = len(head["capabilities"])
         for i, number in enumerate(head["capabilities"]):

@@ -22,64 +22,64 @@ from wanrt.kernels.layout import (
     outer_strides,
     tail,
 )
+from wanrt.kernels.taps import taps_inside
 from wanrt.kernels.target import Target
-from wanrt.kernels.tile import Tile, widths
+from wanrt.kernels.tile import Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+FP16_TERMS = 128  # that are added up in fp16, before fp32 takes over
 
 
-def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
-    """The widths that waste least. Steps of 32 divide 96 and leave 99 KiB to two programs.
+def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Tile, ...]:
+    """The widths that waste least. Steps of 32 divide 96.
 
-    NOTE: the first is chosen by registers and shared memory, two programs to a multiprocessor; the
-    others compile as well. Not yet timed.
+    Where tensor cores are quick, the instructions around them are what has to be few: turns are as
+    long as leaves room for two of them, or as may be added up in fp16. Elsewhere 99 KiB are for two
+    programs. NOTE: chosen by what compiles to few instructions; the others compile as well. Not yet
+    timed.
     """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
     if arch == INTERPRETER:
         rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
-        largest = Tile(max(16, min(1024, rows)), wide, narrow, max(16, min(64, step)), 4, 1)
-        return largest, largest._replace(pixels=16)
-    longest = 64 if arch in (80, 90) and channels % 64 == 0 else 32
-    step = min(longest, max(16, triton.next_power_of_2(channels)))
-    stages = 3 if step == 16 else 4
-    first = Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, stages)
-    return (
-        first,
-        first._replace(stages=stages - 1),
-        first._replace(pixels=64, warps=4),
-        first._replace(pixels=64, warps=4, stages=stages - 1),
-    )
+        step = max(16, min(64, step))
+        largest = Tile(max(16, min(1024, rows)), wide, narrow, step, 1, 4, 1)
+        unroll = turns(largest, channels, x.element_size(), arch, FP16_TERMS)[-1]
+        return largest, largest._replace(pixels=16), largest._replace(unroll=unroll)
+    large = arch in (80, 90)
+    step = 64 if large and channels % 64 == 0 else 32
+    step = min(step, max(16, triton.next_power_of_2(channels)))
+    warps = 8 if wide + narrow > 64 else 4
+    first = Tile(128, wide, narrow, step, 1, warps, 3 if step == 16 else 4)
+    unroll = turns(first, channels, x.element_size(), arch, FP16_TERMS)[-1]
+    long = first._replace(unroll=unroll, stages=3)
+    if in_fp16 or large:
+        first, long = long, first
+    small = first._replace(pixels=64, warps=4)
+    tiles = (first, long, first._replace(stages=first.stages - 1), small)
+    return tuple(dict.fromkeys((*tiles, small._replace(stages=first.stages - 1))))
 
 
 @triton.jit
-def _multiply(pixels, weight_ptr, inside, acc, ACCUMULATOR: tl.constexpr):
-    """acc + pixels @ weight, `[M, K] @ [K, N]`; fp32 whatever one step is added up in."""
-    weight = tl.load(weight_ptr, inside, 0.0)
-    if ACCUMULATOR == tl.float32:
-        return dot(pixels, weight, acc, tl.float32)
-    part = tl.zeros(acc.shape, ACCUMULATOR)
-    return acc + dot(pixels, weight, part, ACCUMULATOR).to(tl.float32)
+def _multiply(pixels, weight_ptr, held, acc, ACCUMULATOR: tl.constexpr):
+    """acc + pixels @ weight, `[M, K] @ [K, N]`; held None: all of the weight is there."""
+    if held is None:
+        weight = tl.load(weight_ptr)
+    else:
+        weight = tl.load(weight_ptr, held, 0.0)
+    return dot(pixels, weight, acc, ACCUMULATOR)
 
 
 @triton.jit
-def _finish(
-    acc,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    channel,
-    exists,
-    OUT: tl.constexpr,
-):
-    """Add bias and residual, round once, store; the pointers are those of the pixels `[M]`."""
+def _finish(acc, bias_ptr, residual_ptr, out_ptr, place, channel, exists, OUT: tl.constexpr):
+    """Add bias and residual, round once, store; `place` is where a pixel's channels begin."""
     mask = exists[:, None] & (channel < OUT)[None, :]
     acc += tl.load(bias_ptr + channel, channel < OUT, 0.0).to(tl.float32)[None, :]
+    at = place[:, None] + channel[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
-    y = cast(acc, out_ptr.dtype.element_ty)
-    tl.store(out_ptr[:, None] + channel[None, :], y, mask)
+        acc += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+    tl.store(out_ptr + at, cast(acc, out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "in_height", "in_width"])
@@ -116,6 +116,7 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     NARROW_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """TAPS_T x TAPS x TAPS taps over history and x; a program's pixels are of one frame.
 
@@ -125,7 +126,10 @@ def _conv_kernel(
     CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
     PAST: tl.constexpr = TAPS_T - STRIDE_T
-    SPAN: tl.constexpr = TAPS_T * TAPS * TAPS * IN  # of the weights of one output channel
+    PLANE: tl.constexpr = TAPS * TAPS
+    SPAN: tl.constexpr = TAPS_T * PLANE * IN  # of the weights of one output channel
+    WHOLE: tl.constexpr = IN % BLOCK_K == 0 and OUT % (BLOCK_N + NARROW_N) == 0
+    TURNS: tl.constexpr = CHUNKS // UNROLL
 
     place, frame = tl.program_id(1), tl.program_id(2)
     sample, time = (frame // frames).to(tl.int64), (frame % frames).to(tl.int64)
@@ -133,51 +137,67 @@ def _conv_kernel(
     row, column = pixel // width, pixel % width
     top = row * STRIDE - PAD + place // UP  # of the first tap
     left = column * STRIDE - PAD + place % UP
-    corner = (top.to(tl.int64) * in_width + left) * IN
+    inside = taps_inside(row < height, top, left, in_height, in_width, TAPS)
+    k = tl.arange(0, BLOCK_K)
+    corner = ((top * in_width + left) * IN)[:, None] + k[None, :]  # 32 bits do within a frame
     x_ptr += sample * stride_xb
     if history_ptr is not None:
         history_ptr += sample * stride_hb
     weight_ptr += place.to(tl.int64) * OUT * SPAN
 
     channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
+    columns = channel[None, :] * SPAN + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if NARROW_N > 0:
         narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
+        narrow_columns = narrow[None, :] * SPAN + k[:, None]
         narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.float32)
 
     first = 0
     if history_ptr is None:  # there is nothing before x, so the taps that would see it are left out
-        first = tl.maximum(PAST - STRIDE_T * time.to(tl.int32), 0) * TAPS * TAPS * CHUNKS
-    for step in range(first, TAPS_T * TAPS * TAPS * CHUNKS):
-        tap = step // CHUNKS
-        dt, dh, dw = tap // (TAPS * TAPS), tap // TAPS % TAPS, tap % TAPS
+        first = tl.maximum(PAST - STRIDE_T * time.to(tl.int32), 0) * PLANE * TURNS
+    for turn in range(first, TAPS_T * PLANE * TURNS):
+        tap, done = turn // TURNS, turn % TURNS * UNROLL * BLOCK_K
+        dt, spot = tap // PLANE, tap % PLANE
         seen = time * STRIDE_T + dt  # frame, counted from the first of the history
         source = x_ptr + (seen - PAST) * stride_xt
         if history_ptr is not None:
             source = tl.where(seen < PAST, history_ptr + seen * stride_ht, source)
-        source += (dh * in_width + dw).to(tl.int64) * IN
-        inside = (row < height) & (top + dh >= 0) & (top + dh < in_height)
-        inside &= (left + dw >= 0) & (left + dw < in_width)
-        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < IN)[None, :]
-        pixels = tl.load(source + corner[:, None] + k[None, :], mask, 0.0)  # [M, K]
-        taps_ptr = weight_ptr + tap * IN + k[:, None]
-        held = (k < IN)[:, None] & (channel < OUT)[None, :]
-        acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc, ACCUMULATOR)
+        source += (spot // TAPS * in_width + spot % TAPS) * IN + done
+        taps_ptr = weight_ptr + tap * IN + done
+        seen_by = ((inside >> spot) & 1 != 0)[:, None]
+        part = acc if ACCUMULATOR == tl.float32 else tl.zeros(acc.shape, ACCUMULATOR)
         if NARROW_N > 0:
-            held = (k < IN)[:, None] & (narrow < OUT)[None, :]
-            narrow_acc = _multiply(
-                pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc, ACCUMULATOR
+            narrow_part = narrow_acc
+            if ACCUMULATOR != tl.float32:
+                narrow_part = tl.zeros(narrow_acc.shape, ACCUMULATOR)
+        for i in tl.static_range(UNROLL):
+            past = i * BLOCK_K
+            there = k < IN - done - past
+            mask = seen_by if WHOLE else seen_by & there[None, :]
+            pixels = tl.load(source + past + corner, mask, 0.0)  # [M, K]
+            held = None if WHOLE else there[:, None] & (channel < OUT)[None, :]
+            part = _multiply(pixels, taps_ptr + past + columns, held, part, ACCUMULATOR)
+            if NARROW_N > 0:
+                held = None if WHOLE else there[:, None] & (narrow < OUT)[None, :]
+                narrow_part = _multiply(
+                    pixels, taps_ptr + past + narrow_columns, held, narrow_part, ACCUMULATOR
+                )
+        acc = part if ACCUMULATOR == tl.float32 else acc + part.to(tl.float32)
+        if NARROW_N > 0:
+            narrow_acc = (
+                narrow_part
+                if ACCUMULATOR == tl.float32
+                else narrow_acc + narrow_part.to(tl.float32)
             )
 
-    target = (row * UP + place // UP).to(tl.int64) * (width * UP) + column * UP + place % UP
-    out_rows = out_ptr + sample * stride_ob + time * stride_ot + target * OUT
-    residual_rows = None
+    target = ((row * UP + place // UP) * (width * UP) + column * UP + place % UP) * OUT
+    out_ptr += sample * stride_ob + time * stride_ot
     if residual_ptr is not None:
-        residual_rows = residual_ptr + sample * stride_rb + time * stride_rt + target * OUT
-    _finish(acc, bias_ptr, residual_rows, out_rows, channel, row < height, OUT)
+        residual_ptr += sample * stride_rb + time * stride_rt
+    _finish(acc, bias_ptr, residual_ptr, out_ptr, target, channel, row < height, OUT)
     if NARROW_N > 0:
-        _finish(narrow_acc, bias_ptr, residual_rows, out_rows, narrow, row < height, OUT)
+        _finish(narrow_acc, bias_ptr, residual_ptr, out_ptr, target, narrow, row < height, OUT)
 
 
 @triton.jit
@@ -288,11 +308,13 @@ def _convolve(
 ) -> None:
     """`taps` and `strides` of time and of both sides of a frame; weight dense, channels last."""
     b, o, t, h, w = out.shape
+    check_frames(x, out)
     h, w = h // up, w // up
-    key = f"conv/{taps[0]}x{taps[1]}x{taps[1]}/{x.shape[1]}-{o}{'/up' if up > 1 else ''}"
-    tile = pick(key, _tiles(x, o, h * w), x)
-    residual = None if residual is None else frames_dense(residual)
     in_fp16 = accumulator == x.dtype == torch.float16
+    key = f"conv/{taps[0]}x{taps[1]}x{taps[1]}/{x.shape[1]}-{o}{'/up' if up > 1 else ''}"
+    key += "/fp16" if in_fp16 else ""
+    tile = pick(key, _tiles(x, o, h * w, in_fp16), x)
+    residual = None if residual is None else frames_dense(residual)
     launch(
         _conv_kernel,
         (
@@ -328,6 +350,7 @@ def _convolve(
         BLOCK_N=tile.wide,
         NARROW_N=tile.narrow,
         BLOCK_K=tile.step,
+        UNROLL=tile.unroll,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

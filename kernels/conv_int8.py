@@ -6,6 +6,8 @@ What a tap sees outside of frames is loaded as 0, as asynchronous copies do it, 
 has another zero point: the few pixels of which that is true take what they lack from a table.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -17,30 +19,54 @@ from wanrt.kernels.channel_norm import channel_norm_silu_quantize
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, outer_strides, tail
 from wanrt.kernels.reference_vae import QuantizedConv
+from wanrt.kernels.taps import taps_inside
 from wanrt.kernels.target import Target
-from wanrt.kernels.tile import Tile, widths
+from wanrt.kernels.tile import Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
-    """Steps of 32 divide 96. NOTE: chosen by registers and shared memory; untested on hardware."""
+    """Steps of 32 divide 96; turns as long as leaves room for two of them.
+
+    Products of s8 are done before the instructions around them are, so these have to be few: turns
+    are long, and a program has many pixels where its channels leave registers for them. NOTE:
+    chosen by what compiles to few instructions; the others compile as well. Not yet timed.
+    """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
     if arch == INTERPRETER:
         rows, step = (triton.next_power_of_2(n) for n in (pixels, channels))
-        largest = Tile(max(16, min(1024, rows)), wide, narrow, max(32, min(64, step)), 4, 1)
-        return largest, largest._replace(pixels=16)
-    step = 64 if channels % 64 == 0 else 32
-    first = Tile(128, wide, narrow, step, 8 if wide + narrow > 64 else 4, 4)
-    return first, first._replace(stages=3), first._replace(pixels=64, warps=4)
+        step = max(32, min(64, step))
+        largest = Tile(max(16, min(1024, rows)), wide, narrow, step, 1, 4, 1)
+        unroll = turns(largest, channels, 1, arch, channels)[-1]
+        return largest, largest._replace(pixels=16), largest._replace(unroll=unroll)
+    warps = 8 if wide + narrow > 64 else 4
+    plain = Tile(128, wide, narrow, 64 if channels % 64 == 0 else 32, 1, warps, 4)
+    long = max(_long(plain, channels, arch), key=lambda t: (t.pixels * t.step * t.unroll, t.pixels))
+    unroll = turns(plain, channels, 1, arch, channels)[-1]
+    tiles = (long, plain._replace(unroll=unroll, stages=3), plain, plain._replace(stages=3))
+    return tuple(dict.fromkeys((*tiles, plain._replace(pixels=64, warps=4))))
+
+
+def _long(plain: Tile, channels: int, arch: int) -> Iterator[Tile]:
+    """Every tile with many pixels, or many channels to a turn."""
+    for pixels in (128, 256) if plain.wide + plain.narrow <= 96 else (128,):
+        for step in (plain.step, 32):
+            tile = plain._replace(pixels=pixels, step=step, stages=3)
+            for unroll in turns(tile, channels, 1, arch, channels):
+                yield tile._replace(unroll=unroll)
 
 
 @triton.jit
 def _multiply(pixels, weight_ptr, held, acc):
-    """acc + pixels @ weight, `[M, K] @ [K, N]` of s8 in s32."""
-    return tl.dot(pixels, tl.load(weight_ptr, held, 0), acc, out_dtype=tl.int32)
+    """acc + pixels @ weight, `[M, K] @ [K, N]` of s8 in s32; held None: all of it is there."""
+    if held is None:
+        weight = tl.load(weight_ptr)
+    else:
+        weight = tl.load(weight_ptr, held, 0)
+    return tl.dot(pixels, weight, acc, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -51,19 +77,24 @@ def _finish(
     border_ptr,
     residual_ptr,
     out_ptr,
+    rows,
     channel,
-    exists,
     OUT: tl.constexpr,
 ):
-    """Take the border off, scale, add bias and residual, round once; pointers are of pixels."""
+    """Take the border off, scale, add bias and residual, round once.
+
+    `rows` has of each pixel where its border and its channels begin, and whether it exists.
+    """
+    border, place, exists = rows
     held = channel < OUT
     mask = exists[:, None] & held[None, :]
-    acc -= tl.load(border_ptr[:, None] + channel[None, :], mask, 0)
+    acc -= tl.load(border_ptr + (border[:, None] + channel[None, :]), mask, 0)
     y = acc.to(tl.float32) * tl.load(scale_ptr + channel, held, 0.0)[None, :]
     y += tl.load(bias_ptr + channel, held, 0.0).to(tl.float32)[None, :]
+    at = place[:, None] + channel[None, :]
     if residual_ptr is not None:
-        y += tl.load(residual_ptr[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
-    tl.store(out_ptr[:, None] + channel[None, :], cast(y, out_ptr.dtype.element_ty), mask)
+        y += tl.load(residual_ptr + at, mask, 0.0).to(tl.float32)
+    tl.store(out_ptr + at, cast(y, out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
@@ -93,17 +124,23 @@ def _conv_int8_kernel(
     BLOCK_N: tl.constexpr,
     NARROW_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """3x3x3 taps over history and x; a program's pixels are of one frame. weight [OUT, 27, IN]."""
     CHUNKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (OUT + BLOCK_N + NARROW_N - 1) // (BLOCK_N + NARROW_N)
     SPAN: tl.constexpr = 27 * IN  # of the weights of one output channel
+    TURNS: tl.constexpr = CHUNKS // UNROLL
+    WHOLE: tl.constexpr = IN % BLOCK_K == 0 and OUT % (BLOCK_N + NARROW_N) == 0
 
     frame = tl.program_id(1)
     sample, time = (frame // frames).to(tl.int64), (frame % frames).to(tl.int64)
     pixel = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     row, column = pixel // width, pixel % width
-    corner = ((row.to(tl.int64) - 1) * width + column - 1) * IN  # of the first tap
+    top, left = row - 1, column - 1  # of the first tap
+    inside = taps_inside(row < height, top, left, height, width, 3)
+    k = tl.arange(0, BLOCK_K)
+    corner = ((top * width + left) * IN)[:, None] + k[None, :]  # 32 bits do within a frame
     x_ptr += sample * stride_xb
     missing = 0  # frames before x that are not there
     if history_ptr is None:
@@ -112,43 +149,47 @@ def _conv_int8_kernel(
         history_ptr += sample * stride_hb
 
     channel = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + tl.arange(0, BLOCK_N)
+    columns = channel[None, :] * SPAN + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     if NARROW_N > 0:
         narrow = tl.program_id(0) % TILES * (BLOCK_N + NARROW_N) + BLOCK_N + tl.arange(0, NARROW_N)
+        narrow_columns = narrow[None, :] * SPAN + k[:, None]
         narrow_acc = tl.zeros((BLOCK_M, NARROW_N), tl.int32)
 
-    for step in range(missing * 9 * CHUNKS, 27 * CHUNKS):
-        tap = step // CHUNKS
-        dt, dh, dw = tap // 9, tap // 3 % 3, tap % 3
+    for turn in range(missing * 9 * TURNS, 27 * TURNS):
+        tap, done = turn // TURNS, turn % TURNS * UNROLL * BLOCK_K
+        dt, spot = tap // 9, tap % 9
         seen = time + dt  # frame, counted from the first of the history
         source = x_ptr + (seen - 2) * stride_xt
         if history_ptr is not None:
             source = tl.where(seen < 2, history_ptr + seen * stride_ht, source)
-        source += (dh * width + dw).to(tl.int64) * IN
-        inside = (row < height) & (row + dh > 0) & (row + dh <= height)
-        inside &= (column + dw > 0) & (column + dw <= width)
-        k = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < IN)[None, :]
-        pixels = tl.load(source + corner[:, None] + k[None, :], mask, 0)  # [M, K]
-        taps_ptr = weight_ptr + tap * IN + k[:, None]
-        held = (k < IN)[:, None] & (channel < OUT)[None, :]
-        acc = _multiply(pixels, taps_ptr + channel[None, :] * SPAN, held, acc)
-        if NARROW_N > 0:
-            held = (k < IN)[:, None] & (narrow < OUT)[None, :]
-            narrow_acc = _multiply(pixels, taps_ptr + narrow[None, :] * SPAN, held, narrow_acc)
+        source += (spot // 3 * width + spot % 3) * IN + done
+        taps_ptr = weight_ptr + tap * IN + done
+        seen_by = ((inside >> spot) & 1 != 0)[:, None]
+        for i in tl.static_range(UNROLL):
+            past = i * BLOCK_K
+            there = k < IN - done - past
+            mask = seen_by if WHOLE else seen_by & there[None, :]
+            pixels = tl.load(source + past + corner, mask, 0)  # [M, K]
+            held = None if WHOLE else there[:, None] & (channel < OUT)[None, :]
+            acc = _multiply(pixels, taps_ptr + past + columns, held, acc)
+            if NARROW_N > 0:
+                held = None if WHOLE else there[:, None] & (narrow < OUT)[None, :]
+                narrow_acc = _multiply(pixels, taps_ptr + past + narrow_columns, held, narrow_acc)
 
     side_h = tl.where(row == 0, 1, 0) + tl.where(row == height - 1, 2, 0)
     side_w = tl.where(column == 0, 1, 0) + tl.where(column == width - 1, 2, 0)
-    border = border_ptr + (missing * 16 + side_h * 4 + side_w) * OUT
-    place = pixel.to(tl.int64) * OUT
-    out_rows = out_ptr + sample * stride_ob + time * stride_ot + place
-    residual = None
+    border = (missing * 16 + side_h * 4 + side_w) * OUT
+    place = pixel * OUT  # 32 bits do within a frame
+    out_ptr += sample * stride_ob + time * stride_ot
     if residual_ptr is not None:
-        residual = residual_ptr + sample * stride_rb + time * stride_rt + place
-    inside = row < height
-    _finish(acc, scale_ptr, bias_ptr, border, residual, out_rows, channel, inside, OUT)
+        residual_ptr += sample * stride_rb + time * stride_rt
+    rows = border, place, row < height
+    _finish(acc, scale_ptr, bias_ptr, border_ptr, residual_ptr, out_ptr, rows, channel, OUT)
     if NARROW_N > 0:
-        _finish(narrow_acc, scale_ptr, bias_ptr, border, residual, out_rows, narrow, inside, OUT)
+        _finish(
+            narrow_acc, scale_ptr, bias_ptr, border_ptr, residual_ptr, out_ptr, rows, narrow, OUT
+        )
 
 
 def causal_conv3d_int8(
@@ -185,6 +226,7 @@ def _convolve(
     out: Tensor,
 ) -> None:
     b, o, t, h, w = out.shape
+    check_frames(q, out)
     tile = pick(f"conv_int8/{q.shape[1]}-{o}", _tiles(q, o, h * w), q)
     residual = None if residual is None else frames_dense(residual)
     launch(
@@ -212,6 +254,7 @@ def _convolve(
         BLOCK_N=tile.wide,
         NARROW_N=tile.narrow,
         BLOCK_K=tile.step,
+        UNROLL=tile.unroll,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

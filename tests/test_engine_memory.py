@@ -36,47 +36,48 @@ HD = Ask(1280, 720, 81)
 # `export/engines.py`: of the 14B, and of the sections of VAE 2.1 by range (tall is as wide).
 AROUND = {
     "dit.patch": 34252800,
-    "dit.text": 107827200,
+    "dit.text": 65873920,
     "dit.time": 8232960,
     "dit.time_projection": 8335360,
-    "dit.kv": 133785600,
+    "dit.kv": 67911680,
     "dit.head": 177275392,
 }
 BLOCKS = {
-    "bf16": {"dit.pre": 607682560, "dit.post": 1010691072, "dit.block": 7318264320},
-    "int8": {"dit.pre": 803094528, "dit.post": 725659648, "dit.block": 9306742272},
+    "bf16": {"dit.pre": 513589248, "dit.post": 659419136, "dit.block": 6743629312},
+    "int8": {"dit.pre": 463486976, "dit.post": 715190272, "dit.block": 7666760704},
 }
 VAE = {
     "decode": {
-        "0.frame": (897794048, 2724200448),
-        "1.first": (150405120, 262225920),
-        "1.step": (208798720, 337822720),
-        "2.first": (361857024, 637108224),
-        "2.step": (656916992, 1138606592),
-        "3.frame": (623297024, 1104986624),
-        "4.frame": (623297024, 1104986624),
-        "5.frame": (711770624, 1262273024),
-        "6.frame": (1242316800, 2208563200),
-        "7.frame": (1242316800, 2208563200),
-        "8.frame": (1242316800, 2208563200),
+        "0.frame": (870809600, 2688614400),
+        "1.first": (143827456, 255692800),
+        "1.step": (165888000, 294912000),
+        "2.first": (356548608, 631799808),
+        "2.step": (619315200, 1101004800),
+        "3.frame": (621305856, 1102995456),
+        "4.frame": (541024256, 953901056),
+        "5.frame": (629497856, 1111187456),
+        "6.frame": (1070372864, 1896126464),
+        "7.frame": (1070372864, 1896126464),
+        "8.frame": (1070372864, 1896126464),
         "9.frame": (890281472, 1581071872),
     },
     "encode": {
         "0.frame": (1242316800, 2208563200),
-        "1.frame": (1242316800, 2208563200),
-        "2.frame": (578064384, 1025990656),
-        "3.frame": (623297024, 1104986624),
+        "1.frame": (1070372864, 1896126464),
+        "2.frame": (539070464, 951947264),
+        "3.frame": (541024256, 953901056),
         "4.first": (119447552, 205463552),
         "4.step": (451223552, 795287552),
-        "5.first": (276037632, 482476032),
-        "5.step": (561365504, 974242304),
-        "6.frame": (109265920, 169477120),
-        "7.frame": (897794048, 2724200448),
+        "5.first": (268075008, 474513408),
+        "5.step": (538804224, 951681024),
+        "6.frame": (85377024, 145588224),
+        "7.frame": (870809600, 2688614400),
     },
 }
-WAYS = VaeEngines({"wide": 1242316800, "tall": 1242316800, "any": 2724200448})
+DECODES = VaeEngines({"wide": 1070372864, "tall": 1070372864, "any": 2688614400})
+ENCODES = VaeEngines({"wide": 1242316800, "tall": 1242316800, "any": 2688614400})
 # The neediest of VAE 2.2, decoding; 1280x704 is the 5B's size.
-WAYS_2_2 = VaeEngines({"wide": 1966082048, "tall": 1966082048, "any": 3250587648})
+DECODES_2_2 = VaeEngines({"wide": 1592524800, "tall": 1592524800, "any": 2831155200})
 
 
 def workspaces(precision: str) -> dict[str, int]:
@@ -100,7 +101,7 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_path: Path) -> None:
     found = engine_bytes(int8, B14.vae, 89, RELEASE)
-    assert found == EngineBytes("halves", 803094528, WAYS, WAYS)
+    assert found == EngineBytes("halves", BLOCKS["int8"]["dit.post"], DECODES, ENCODES)
     assert format_in(int8.manifest) == "int8"
     for card, release in ((86, RELEASE), (89, "1.6.0.0")):
         with pytest.raises(FormatError, match=f"no engine for tensorrt-rtx {release} on"):
@@ -112,9 +113,9 @@ def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_pat
     assert engine_bytes(with_all, B14.vae, 89).step == 3096576000  # what halves leave idle is not
     eight = workspaces("int8") | {"dit.attention": 3096576000}
     held = engine_bytes(write_engines(B14, tmp_path / "eight", eight, "int8"), B14.vae, 89)
-    assert held.step == 803094528  # attention is native there, in eight bits
+    assert held.step == BLOCKS["int8"]["dit.post"]  # attention is native there, in eight bits
     whole = {"vae.decode.first": 1 << 30, "vae.decode.step": 2 << 30}
-    kept = {"tall": WAYS.sections["tall"], "any": WAYS.sections["any"]}
+    kept = {"tall": DECODES.sections["tall"], "any": DECODES.sections["any"]}
     for sizes in ("wide", "tall", "any"):
         plain.pop(f"vae.decode.2.first.{sizes}")
         found = engine_bytes(write_engines(B14, tmp_path / sizes, plain | whole), B14.vae, 89)
@@ -124,7 +125,7 @@ def test_a_workspace_is_that_of_the_neediest_engine_in_use(int8: Bundle, tmp_pat
     assert found.blocks == "halves"
     whole.pop("dit.pre")
     found = engine_bytes(write_engines(B14, tmp_path / "whole", whole), B14.vae, 89)
-    assert (found.blocks, found.step) == ("whole", 7318264320)
+    assert (found.blocks, found.step) == ("whole", BLOCKS["bf16"]["dit.block"])
 
 
 def question(engines: EngineBytes, ask: Ask = HD, precision: str = "int8") -> Question:
@@ -153,17 +154,18 @@ def test_the_vae_decodes_720p_by_engines_in_8_gb(int8: Bundle, size: tuple[int, 
     asked = question(engine_bytes(int8, B14.vae, 89), ask)
     plan = plan_for_any_text(asked, 12 * GB)
     decode = plan.options["decode"].phase
-    assert decode.workspace == 1242316800 and plan.work("decode") == VaeWork(chunk=1)
+    assert decode.workspace == DECODES.sections["wide"] and plan.work("decode") == VaeWork(chunk=1)
     assert plan.fixed + decode.peak <= 8 * GB
     assert plan.peak <= 12 * GB and plan.ask.text_rows == 512
-    assert plan.options["step"].phase.workspace == 803094528
+    assert plan.options["step"].phase.workspace == BLOCKS["int8"]["dit.post"]
 
 
 def test_below_that_the_modules_decode() -> None:
     """Of a model whose steps need less."""
-    spec, engines = MODELS["wan2.1-t2v-1.3b"], EngineBytes(decode=WAYS)
+    spec, engines = MODELS["wan2.1-t2v-1.3b"], EngineBytes(decode=DECODES)
     asked = Question(spec, HD, ram=32 * GIB, engines=engines)
-    assert plan_for_any_text(asked, 8 * GIB).options["decode"].phase.workspace == 1242316800
+    large = plan_for_any_text(asked, 8 * GIB).options["decode"].phase
+    assert large.workspace == DECODES.sections["wide"]
     small = plan_for_any_text(asked, 7 * GIB)
     assert small.peak <= 7 * GIB and small.options["decode"].phase.workspace == 0
     assert small.work("decode").frames == 1  # what `GraphVae` leaves to the modules
@@ -173,34 +175,37 @@ def test_the_vae_encodes_720p_by_engines_in_8_gb(int8: Bundle) -> None:
     spec = MODELS["wan2.1-i2v-14b-720p"]
     asked = question(engine_bytes(int8, B14.vae, 89), replace(HD, image=True))
     plan = plan_for_any_text(replace(asked, spec=spec), 12 * GIB)
-    for side in ("encode", "decode"):
+    for side, stated in (("encode", ENCODES), ("decode", DECODES)):
         phase = plan.options[side].phase
-        assert phase.workspace == 1242316800 and plan.fixed + phase.peak <= 8 * GB
+        assert phase.workspace == stated.sections["wide"] and plan.fixed + phase.peak <= 8 * GB
 
 
 def test_other_shapes_take_the_engines_of_any_and_larger_ones_the_modules() -> None:
-    engines = EngineBytes(decode=WAYS)
-    for width, height, workspace in (
-        (832, 480, 1242316800), (480, 832, 1242316800), (1104, 832, 2724200448),
-        (960, 960, 2724200448), (1296, 720, 0),
+    engines = EngineBytes(decode=DECODES)
+    for width, height, sizes in (
+        (832, 480, "wide"), (480, 832, "tall"), (1104, 832, "any"), (960, 960, "any"),
+        (1296, 720, ""),
     ):  # fmt: skip
+        workspace = DECODES.sections.get(sizes, 0)
         options = question(engines, Ask(width, height, 81)).phases["decode"]
         assert max(option.phase.workspace for option in options) == workspace
         assert all(option.work != VaeWork(chunk=1) for option in options if (
             workspace and not option.phase.workspace))  # fmt: skip
 
 
-def test_the_5b_decodes_by_engines_in_8_gib_with_caches_in_host_memory() -> None:
-    """On the device they would want a quarter of a GiB more."""
+def test_the_5b_decodes_by_engines_in_8_gib() -> None:
+    """With caches in host memory in 6, for the time that it takes to copy them."""
     spec = MODELS["wan2.2-ti2v-5b"]
-    asked = Question(spec, Ask(1280, 704, 81), ram=32 * GIB, engines=EngineBytes(decode=WAYS_2_2))
+    asked = Question(
+        spec, Ask(1280, 704, 81), ram=32 * GIB, engines=EngineBytes(decode=DECODES_2_2)
+    )
     room = asked.machine.fixed
     peaks = {
         option.work.host: room + option.phase.peak
         for option in asked.phases["decode"]
         if option.phase.workspace and option.work
     }
-    assert 8 * GIB < peaks[False] < 8.25 * GIB and peaks[True] < 6 * GIB
+    assert 6 * GIB < peaks[False] < 8 * GIB and peaks[True] < 6 * GIB
     host = next(o for o in asked.phases["decode"] if o.phase.workspace and o.phase.host)
     sections = decoder_sections(spec.vae)
     per_frame = sum(
@@ -289,7 +294,9 @@ def test_json_has_the_workspace(int8: Bundle, capsys: pytest.CaptureFixture[str]
     arguments = ("wan2.1-t2v-14b", "--size", "832x480", "--bundle", int8.path, "--card", "8.9")
     _, text = refused(capsys, *arguments, "--json")
     sizes = {phase["name"]: phase["workspace"] for phase in json.loads(text)["phases"]}
-    assert sizes == {"text": 0, "step": 803094528, "decode": 1242316800}
+    assert sizes == {
+        "text": 0, "step": BLOCKS["int8"]["dit.post"], "decode": DECODES.sections["wide"]
+    }  # fmt: skip
 
 
 def test_a_workspace_goes_and_comes_back_and_keeps_its_limit() -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference_vae, registry, torch_conv
+from wanrt.kernels import reference_vae, registry, torch_conv, winners
+from wanrt.kernels.tile import Tile
 
 
 class Backend(NamedTuple):
@@ -322,3 +323,35 @@ def test_downsampling_pads_right_and_bottom(backend: Backend) -> None:
             weight[[0, 1, 2], [0, 1, 2], i, j] = 1
             y = downsample_conv2d(x, weight, torch.zeros(3).to(x))
             assert torch.equal(y, padded[..., i : i + 3 : 2, j : j + 5 : 2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulator"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2],
+    ids=["bf16", "fp16", "fp16-sums"],
+)
+@pytest.mark.parametrize(
+    ("channels", "unrolls"), [(96, (1, 2, 3, 6)), (40, (1, 3))], ids=["whole", "ragged"]
+)
+def test_a_turn_of_the_loop_may_be_long(
+    channels: int, unrolls: tuple[int, ...], dtype: torch.dtype, accumulator: torch.dtype
+) -> None:
+    """Steps of 16 channels in turns of several: fp32 sums to the bit, fp16 sums nearly."""
+    backend = Backend("triton", dtype, 0, 0)
+    conv = backend.op("causal_conv3d")
+    x, past = (torch.randn(1, channels, t, 4, 5).to(backend.device, dtype) for t in (2, 2))
+    weight = (torch.randn(48, channels, 3, 3, 3) / 30).to(x)
+    bias, residual = torch.randn(48).to(x), torch.randn(1, 48, 2, 4, 5).to(x)
+    given = (x, weight, bias, past, None, residual)
+    expected = reference_vae.causal_conv3d(*given)[0].float()
+    key = f"conv/3x3x3/{channels}-48{'/fp16' if accumulator == torch.float16 else ''}"
+    results = []
+    for unroll in unrolls:
+        tile = Tile(pixels=16, wide=32, narrow=16, step=16, unroll=unroll, warps=4, stages=1)
+        with winners.trial({key: tile}) as trial:
+            results.append(conv(*given, accumulator=accumulator)[0].float())
+        assert list(trial.asked) == [key]
+    limit = {torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype] * float(expected.abs().max())
+    for y in results:
+        assert accumulator == torch.float16 or torch.equal(y, results[0])
+        assert float((y - expected).abs().max()) <= limit

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import reference_vae, registry
+from wanrt.kernels import reference_vae, registry, winners
 from wanrt.kernels.cases import all_cases
 from wanrt.kernels.cases_conv_int8 import quantized, step_and_zero
 from wanrt.kernels.reference_vae import QuantizedConv
+from wanrt.kernels.tile import Tile
 
 CPU = "cpu"
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
@@ -136,3 +137,24 @@ def test_the_symmetric_format_is_zero_at_zero() -> None:
     )
     assert not conv.border.any()
     assert conv.values.abs().flatten(1).amax(1).eq(127).all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "unrolls"), [(96, (1, 3)), (72, (1, 3))], ids=["whole", "ragged"]
+)
+@pytest.mark.parametrize("history", [True, False])
+def test_a_turn_of_the_loop_may_be_long(
+    channels: int, unrolls: tuple[int, ...], history: bool
+) -> None:
+    """Steps of 32 channels in turns of several change no bit."""
+    conv, device = op("triton"), device_of("triton")
+    x = torch.randn(1, channels, 2, 4, 5).to(device)
+    past = torch.randint(-128, 128, (1, channels, 2, 4, 5)).char().to(device) if history else None
+    weight = QuantizedConv(*(v.to(device) for v in quantized(48, channels)))
+    given = (x, weight, torch.randn(48).to(device), past, torch.rand(channels, 1, 1, 1).to(device))
+    expected = conv(*given)[0]  # `test_sums_are_exact` tells whether these are right
+    for unroll in unrolls:
+        tile = Tile(pixels=16, wide=32, narrow=16, step=32, unroll=unroll, warps=4, stages=1)
+        with winners.trial({f"conv_int8/{channels}-48": tile}) as trial:
+            y = conv(*given)[0]
+        assert list(trial.asked) == [f"conv_int8/{channels}-48"] and torch.equal(y, expected)

@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 
-from wanrt import cli_tools
+from wanrt import cli_machine
+from wanrt.engine.kinds import LIBRARIES
 from wanrt.errors import UsageError
 from wanrt.kernels import registry, torch_ops
 from wanrt.kernels.cases import dtypes_of
@@ -78,14 +79,21 @@ def test_a_wrong_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verb_says_what_does_each_op(capsys: pytest.CaptureFixture[str]) -> None:
-    cli_tools.ops(device="cpu", as_json=True)
+    cli_machine.ops(device="cpu", as_json=True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows, engines = [row for row in rows if "op" in row], [row for row in rows if "engine" in row]
     assert [row["op"] for row in rows] == list(registry.OPS)
     assert {row["backend"] for row in rows} == {"torch"}
     assert {row["op"]: row["dtype"] for row in rows}["linear_quantized"] == "int8"
-    cli_tools.ops(device="cpu")
-    table = capsys.readouterr().out.splitlines()
+    assert [row["engine"] for row in engines] == list(LIBRARIES)
+    assert all("not tested on hardware" in row["tested"] for row in engines)
+    cli_machine.ops(device="cpu")
+    table, _, engines = capsys.readouterr().out.partition("\n\n")
+    table = table.splitlines()
     assert len(table) == 1 + len(registry.OPS) and all("yes, used" in row for row in table[1:])
+    assert all(name in engines for name in LIBRARIES)
+    with pytest.raises(UsageError, match="dtype 'fp4' does not exist; choose fp32"):
+        cli_machine.ops(dtype="fp4")
 
 
 def test_the_default_arithmetic_is_pytorchs() -> None:

@@ -23,7 +23,16 @@ KEY = "conv/1x1x1/24-9"
 
 
 def content(key: str = KEY, **tile: int) -> dict[str, Any]:
-    sizes = tile or {"pixels": 16, "wide": 16, "narrow": 0, "step": 32, "warps": 4, "stages": 1}
+    sizes = {
+        "pixels": 16,
+        "wide": 16,
+        "narrow": 0,
+        "step": 32,
+        "unroll": 1,
+        "warps": 4,
+        "stages": 1,
+    }
+    sizes = tile or sizes
     entry = {"tile": sizes, "case": "a", "median_s": 1.0, "runner_up": sizes, "runner_up_s": 2.0}
     head = {name: "" for name in ("card", "torch", "triton", "commit", "date")}
     return {"format": 1, **head, "winners": {key: entry}}
@@ -128,7 +137,7 @@ def test_the_gate_compiles_every_tile_once() -> None:
     from wanrt.bench import compile as gate
 
     tiles = {(job.key, job.tile) for job in gate._jobs([89], "causal_conv3d-96-one", True)}
-    assert len(tiles) == 4 and len(gate._jobs([89], "causal_conv3d-96-one")) == 2
+    assert len(tiles) == 5 and len(gate._jobs([89], "causal_conv3d-96-one")) == 2
 
 
 @interpreted

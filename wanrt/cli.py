@@ -14,6 +14,7 @@ from rich.console import Console
 from wanrt import (
     cli_bundle,
     cli_export,
+    cli_machine,
     cli_plan,
     cli_provenance,
     cli_quantize,
@@ -208,6 +209,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 app.command()(cli_export.export)
 cli_tools.add_to(app)
+cli_machine.add_to(app)
 cli_provenance.add_to(app)
 cli_bundle.add_to(app)
 

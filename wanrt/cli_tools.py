@@ -1,4 +1,4 @@
-"""The smaller verbs: inspect, dev random-weights, bench."""
+"""The verbs for people who look inside: inspect, dev random-weights, bench."""
 
 import json
 import re
@@ -17,7 +17,6 @@ from wanrt.engine.manifest import is_bundle
 from wanrt.errors import UsageError
 from wanrt.identity import identify
 from wanrt.loras import match
-from wanrt.quant.formats import PLAIN
 from wanrt.tasks.sizes import parse_size
 from wanrt.weights.detect import KIND_NAMES, Detected, describe
 from wanrt.weights.hub import resolve_model
@@ -336,37 +335,9 @@ def bench_watermark(
     watermark.main(videos or [], only, crops, out)
 
 
-def ops(
-    device: Annotated[str, typer.Option(help="cpu or cuda; this machine's by default.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the activations.")] = "bf16",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per op.")] = False,
-) -> None:
-    """What does each op here: op x backend, yes, or the reason why not."""
-    from wanrt.kernels import registry
-    from wanrt.kernels.cases import dtypes_of
-
-    wanted = PLAIN[_one_of("dtype", dtype, tuple(PLAIN))]
-    backends = (*registry.BACKENDS, "onnx")
-    table = Table("op", "of", *backends, box=None, pad_edge=False)
-    for op in registry.OPS:
-        taken = dtypes_of(op)
-        target = registry.here(wanted if wanted in taken else taken[0], device)
-        given = str(target.dtype).removeprefix("torch.")
-        reasons = {b: registry.reason_against(op, b, target) for b in backends}
-        chosen = registry.resolve(op, target).backend
-        if as_json:
-            row = {"op": op, "dtype": given, "backend": chosen, "declined": reasons}
-            print(json.dumps(row))
-        cells = (reason or ("yes, used" if b == chosen else "yes") for b, reason in reasons.items())
-        table.add_row(op, given, *map(Text, cells))
-    if not as_json:
-        Console(width=_WIDE).print(table, highlight=False, soft_wrap=True)
-
-
 def add_to(app: typer.Typer) -> None:
     """Register these verbs."""
     app.command()(inspect)
-    app.command()(ops)
     dev = typer.Typer(no_args_is_help=True, help="For people who work on wanrt.")
     dev.command("random-weights")(random_weights)
     app.add_typer(dev, name="dev")

@@ -12,20 +12,26 @@ from pathlib import Path
 
 from wanrt.errors import UsageError
 
+OPS, CACHE, KEYS, LEDGER = "WANRT_OPS", "WANRT_CACHE", "WANRT_KEYS", "WANRT_LEDGER"
 _BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def given() -> dict[str, str]:
+    """Those of them that are set."""
+    return {name: os.environ[name] for name in (OPS, CACHE, KEYS, LEDGER) if name in os.environ}
 
 
 def ops_backend() -> str:
     """The value of WANRT_OPS. Raises UsageError for one that does not exist."""
-    value = os.environ.get("WANRT_OPS", "auto")
+    value = os.environ.get(OPS, "auto")
     if value not in _BACKENDS:
-        raise UsageError(f"WANRT_OPS is {value!r}; choose of {', '.join(_BACKENDS)}")
+        raise UsageError(f"{OPS} is {value!r}; choose of {', '.join(_BACKENDS)}")
     return value
 
 
 def cache_folder() -> Path | None:
     """The value of WANRT_CACHE, or the system's place for such things; None where it is off."""
-    value = os.environ.get("WANRT_CACHE")
+    value = os.environ.get(CACHE)
     if value:
         return None if value == "off" else Path(value).expanduser()
     if sys.platform == "darwin":
@@ -35,7 +41,7 @@ def cache_folder() -> Path | None:
 
 def keys_folder() -> Path | None:
     """The value of WANRT_KEYS; None where it is not set."""
-    value = os.environ.get("WANRT_KEYS")
+    value = os.environ.get(KEYS)
     return Path(value).expanduser() if value else None
 
 
@@ -56,7 +62,7 @@ def trusted_keys_file() -> Path:
 
 def ledger_file() -> Path | None:
     """The value of WANRT_LEDGER, or the system's place for data; None where it is off."""
-    value = os.environ.get("WANRT_LEDGER")
+    value = os.environ.get(LEDGER)
     if value:
         return None if value == "off" else Path(value).expanduser()
     return _folder("XDG_DATA_HOME", ".local/share", "data") / "ledger.jsonl"

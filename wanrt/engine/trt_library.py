@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
+from wanrt.engine.kinds import LIBRARIES
 from wanrt.engine.manifest import EngineKind
 from wanrt.errors import UsageError
 
 log = logging.getLogger("wanrt")
 
-_PACKAGES: dict[EngineKind, str] = {
-    "tensorrt-rtx": "pip install 'wanrt[rtx]'",
-    "tensorrt": "pip install tensorrt-cu13, from NVIDIA's index",
-}
 _DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -40,7 +37,7 @@ def library(kind: EngineKind) -> ModuleType:
         else:
             import tensorrt as module
     except ImportError as error:
-        raise UsageError(f"{error}: engines of {kind} want it: {_PACKAGES[kind]}") from error
+        raise UsageError(f"{error}: engines of {kind} want it: {LIBRARIES[kind].remedy}") from error
     return module
 
 

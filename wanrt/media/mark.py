@@ -6,14 +6,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from wanrt.errors import MarkingError, OutputError
+from wanrt.installed import release
 from wanrt.media import provenance, watermark, xmp
 from wanrt.media.frames import Clip, chunks_of
 from wanrt.media.manifest import SoftBinding
@@ -209,7 +208,4 @@ def sidecar_for(target: Path, marking: Marking) -> Path | None:
 
 def version() -> str:
     """Of wanrt as installed; "unknown" in a bare checkout."""
-    try:
-        return package_version("wanrt")
-    except PackageNotFoundError:
-        return "unknown"
+    return release("wanrt") or "unknown"

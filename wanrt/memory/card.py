@@ -37,6 +37,19 @@ def held_bytes(device: torch.device) -> int | None:
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
 
+def driver_release() -> str | None:
+    """Of NVIDIA's driver, as 580.65.06; None where nobody says: see `held_bytes`."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+
+
 def enforce(budget: int, device: torch.device) -> None:
     """From here on PyTorch's allocator refuses to hold more than the budget on this device.
 
