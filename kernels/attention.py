@@ -24,9 +24,11 @@ from wanrt.kernels.winners import pick
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
-# The largest probability of a block is two to this, so that fp16 holds those down to 2^-32 of it.
-HEADROOM: tl.constexpr = tl.constexpr(8.0)
-HEADROOM_FP8: tl.constexpr = tl.constexpr(math.log2(LARGEST[torch.float8_e4m3fn]))
+HEADROOM = 8.0  # the largest probability is two to this: fp16 holds those down to 2^-32 of it
+# Values beside fp8 probabilities lie within 2^8, or where sums are in fp16 within 2^2: then those
+# of a block of keys stay below this.
+FP16_VALUE_BITS = 2
+LARGEST_FP16_SUM = 61440
 # NOTE: a bias below this counts as -inf.
 LEAST: tl.constexpr = tl.constexpr(-1e30)
 
@@ -96,15 +98,16 @@ def interleave(x):
 def _add_products(acc, shrink, p, v, SUM: tl.constexpr):
     """acc * shrink + p v: within a block of keys in SUM, over all in fp32.
 
-    NOTE: fp8 products have fewer bits than fp32 in their sums, so that a block starts from zero.
-    Triton gives a product whatever is added to it as its first sum; it leaves an fma alone.
+    NOTE: fp8 products have fewer bits than fp32 in their fp32 sums, so that a block starts from
+    zero. Triton gives a product whatever is added to it as its first sum; it leaves an fma alone.
     """
-    if v.dtype == tl.float8e4nv:
-        block = dot(p, v, None, SUM)
-        return tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), block)
-    if SUM == tl.float32:
-        return dot(p, v, acc * shrink[:, None], SUM)
-    return acc * shrink[:, None] + dot(p, v, None, SUM).to(tl.float32)
+    if SUM == tl.float16:
+        acc = acc * shrink[:, None] + dot(p, v, None, SUM).to(tl.float32)
+    elif v.dtype == tl.float8e4nv:
+        acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), dot(p, v, None, SUM))
+    else:
+        acc = dot(p, v, acc * shrink[:, None], SUM)
+    return acc
 
 
 @triton.jit(do_not_specialize=["length", "num_keys"])
@@ -129,8 +132,12 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM: tl.constexpr,
+    PEAK: tl.constexpr,
 ):
-    """softmax(q k^T * scale + bias) v. fp8 v is [B, H, hd, whole blocks], see `interleave`."""
+    """softmax(q k^T * scale + bias) v. fp8 v is [B, H, hd, whole blocks], see `interleave`.
+
+    A row's largest probability is two to PEAK; a block of keys adds up in SUM.
+    """
     FP8: tl.constexpr = v_ptr.dtype.element_ty == tl.float8e4nv
     head = tl.program_id(1).to(tl.int64)  # of all samples
     b, h = head // num_heads, head % num_heads
@@ -178,7 +185,7 @@ def _attention_kernel(
                 bias = tl.load(bias_at, exists, 0.0).to(tl.float32)  # [M or 1, N]
                 powers = scores * factor[:, None] + bias * LOG2_E
                 peak_next = tl.maximum(peak, tl.max(powers, 1))
-            p = tl.exp2(powers - (peak_next - (HEADROOM_FP8 if FP8 else HEADROOM))[:, None])
+            p = tl.exp2(powers - (peak_next - PEAK)[:, None])
             shrink = tl.exp2(peak - peak_next)
             total = total * shrink + tl.sum(p, 1)
             peak = peak_next
@@ -235,6 +242,7 @@ def attend(
     width = max(32, triton.next_power_of_2(head_dim))
     key = f"attention/{'-'.join(product.operand for product in mma)}/{head_dim}"
     tile = pick(key, _tiles(q), q)
+    in_fp16 = mma[-1].accumulator == "f16"
     launch(
         _attention_kernel,
         (triton.cdiv(length, tile.queries), b * num_heads),
@@ -257,12 +265,21 @@ def attend(
         HD=width,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
-        SUM=tl.float16 if Mma("f16", "f16") in mma else tl.float32,
+        SUM=tl.float16 if in_fp16 else tl.float32,
+        PEAK=_peak(v.dtype, in_fp16, tile.keys),
         num_warps=tile.warps,
         num_stages=tile.stages,
         mma=mma,
     )
     return out
+
+
+def _peak(values: torch.dtype, in_fp16: bool, keys: int) -> float:
+    """The power of two that a row's largest probability becomes."""
+    if values != torch.float8_e4m3fn:
+        return HEADROOM
+    largest = LARGEST[values]
+    return math.log2(LARGEST_FP16_SUM / (keys * 2**FP16_VALUE_BITS) if in_fp16 else largest)
 
 
 def _tiles(x: Tensor) -> tuple[Tile, ...]:

@@ -2,10 +2,10 @@
 
 What it computes is said in `reference.py`. `attention_prepare.py` makes eight bits of q, k and v;
 `attention.py` multiplies. By their data sheets, GeForce cards multiply int8 four times as fast as
-bf16, fp16 twice as fast if they add up in fp16, and so fp8 in fp32. Such sums are of one block of
-keys; all blocks add up in fp32. Untested on hardware.
+bf16, fp16 twice as fast if they add up in fp16, fp8 twice as fast in fp32 and four times in fp16.
+Such sums are of one block of keys; all blocks add up in fp32. Untested on hardware.
 Source: SageAttention, arXiv 2410.02367, for int8 with fp16 sums; SageAttention2, arXiv 2411.10958,
-for fp8.
+for fp8; SageAttention2++, arXiv 2505.21136, for fp8 with fp16 sums and how large they may be.
 """
 
 import math
@@ -13,14 +13,18 @@ import math
 import torch
 from torch import Tensor
 
-from wanrt.kernels.attention import DTYPES, attend, empty_heads
+from wanrt.kernels.attention import DTYPES, FP16_VALUE_BITS, attend, empty_heads
 from wanrt.kernels.attention_prepare import prepare
 from wanrt.kernels.launch import Mma, arch_of
 from wanrt.kernels.limits import heads_at_once
+from wanrt.kernels.reference import FP8_BITS
 from wanrt.kernels.target import Target, lacks_fp8
 
 # Data-centre cards add up in fp32 as fast as in fp16.
 FULL_RATE = (80, 90)
+# Where fp8 products add up in fp16 twice as fast as in fp32, by the data sheet. That of 12.0 says
+# so, too; an RTX 5060 Ti was measured at full rate in fp32.
+FP8_IN_FP16 = (89,)
 
 
 def attention_int8(
@@ -35,7 +39,8 @@ def attention_int8_fp8(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """See `reference.attention_int8_fp8`; the result is a view [B, H, L, hd] of [B, L, H, hd]."""
-    return _attend(q, k, v, bias, scale, torch.float8_e4m3fn, Mma("e4m3", "f32"))
+    values = Mma("e4m3", "f16" if arch_of(q) in FP8_IN_FP16 else "f32")
+    return _attend(q, k, v, bias, scale, torch.float8_e4m3fn, values)
 
 
 def _attend(
@@ -56,10 +61,11 @@ def _attend(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     out = empty_heads(q, v.dtype)
     mma = (Mma("s8", "s32"), values)
+    bits = FP16_VALUE_BITS if values.accumulator == "f16" else FP8_BITS
     size = heads_at_once(b * length, b * k.shape[2], head_dim, v_dtype.itemsize)
     for first in range(0, num_heads, size):
         heads = slice(first, first + size)
-        x = prepare(q[:, heads], k[:, heads], v[:, heads], v_dtype)
+        x = prepare(q[:, heads], k[:, heads], v[:, heads], v_dtype, bits)
         part = bias if bias is None or bias.ndim < 4 or bias.shape[1] == 1 else bias[:, heads]
         attend(x.q, x.k, x.v, part, scale / head_dim, x.scales, out[:, heads], mma)
         del x  # before the next heads' is made

@@ -15,11 +15,10 @@ from torch import Tensor
 from wanrt.kernels.arithmetic import cast, dot, round_to_int8
 from wanrt.kernels.attention import Scales, interleave, keys_of, load_rows, rows_dense
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
-from wanrt.kernels.reference import FP8_BITS, TINY, Preparation
+from wanrt.kernels.reference import TINY, Preparation
 from wanrt.kernels.rotation import odd_bits
 
 LEAST: tl.constexpr = tl.constexpr(TINY)
-BITS: tl.constexpr = tl.constexpr(FP8_BITS)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 # A part's tokens, and of those, or of the parts, how many one step takes.
 PART, STEP = 512, 32
@@ -116,10 +115,14 @@ def _prepare_kernel(
     q_parts,
     k_parts,
     FP8: tl.constexpr,
+    BITS: tl.constexpr,
     HD: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The five rows of `reference.Preparation` of one head, out [5, B * H, HD]."""
+    """The five rows of `reference.Preparation` of one head, out [5, B * H, HD].
+
+    fp8 values are made to lie within 2^BITS.
+    """
     low, high, _ = _whole_range(q_ptr, q_parts, length, HD, STEP)
     q_exponent = _exponent(tl.maximum(high, -low))
     low, high, k_mean = _whole_range(k_ptr, k_parts, num_keys, HD, STEP)
@@ -219,17 +222,20 @@ def _scale_values_kernel(
         tl.store(target, cast(v, tl.float16), exists)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype) -> Prepared:
-    """Peak: q and k in half their size, v in v_dtype, a number of each head and token."""
+def prepare(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype, bits: int) -> Prepared:
+    """v within 2^bits where it becomes fp8.
+
+    Peak: q and k in half their size, v in v_dtype, a number of each head and token.
+    """
     q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
-    ready = _preparation(q, k, v, v_dtype)
+    ready = _preparation(q, k, v, v_dtype, bits)
     q8, q_scale = _quantize(q, ready.q_factor, None)
     k8, k_scale = _quantize(k, ready.k_factor, ready.k_mean)
     values = _scale_values(v, ready, v_dtype)
     return Prepared(q8, k8, values, Scales(q_scale, k_scale, ready.v_scale, ready.v_mean))
 
 
-def _preparation(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype) -> Preparation:
+def _preparation(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype, bits: int) -> Preparation:
     b, num_heads, _, head_dim = q.shape
     q_parts, k_parts, v_parts = (_ranges(x) for x in (q, k, v))
     out = torch.empty((5, b, num_heads, 1, head_dim), dtype=torch.float32, device=q.device)
@@ -245,6 +251,7 @@ def _preparation(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype) -> Prepa
         len(q_parts),
         len(k_parts),
         FP8=v_dtype == torch.float8_e4m3fn,
+        BITS=bits,
         HD=head_dim,
         STEP=STEP,
         num_warps=4,

@@ -293,9 +293,11 @@ def attention_int8_fp8(
 
     v loses its mean over the keys, which is added to the result, for probabilities add up to one;
     a power of two for each channel then makes it lie within 2^8.
-    Tensor cores may add up 64 keys in as few bits as they have (13 on Ada and Hopper); such sums
-    add up in fp32. Probabilities below a 2^19th of a row's largest are lost.
-    Source: SageAttention2, arXiv 2411.10958, for fp8, its sums in two levels, and v's mean.
+    Tensor cores may add up 64 keys in as few bits as they have (13 on Ada and Hopper), or in fp16,
+    for which the largest p becomes 240 and v lies within 2^2, so that no sum overflows; such sums
+    add up in fp32. Probabilities below a 2^18th of a row's largest are lost.
+    Source: SageAttention2, arXiv 2411.10958, for fp8, its sums in two levels, and v's mean;
+    SageAttention2++, arXiv 2505.21136, for sums in fp16.
     """
     ready = prepare_int8(q, k, v, torch.float8_e4m3fn)
     p = _int8_probabilities(q, k, bias, scale, ready) * LARGEST[torch.float8_e4m3fn]

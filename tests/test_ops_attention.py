@@ -1,6 +1,7 @@
 """What the table of cases does not say of attention: eight bits come near the exact result."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from wanrt.kernels import limits, reference, registry
 from wanrt.kernels.cases_attention import heads, real
+from wanrt.kernels.launch import INTERPRETER, Mma
 from wanrt.kernels.reference import dequantize, quantize
 from wanrt.kernels.target import Target
 
@@ -134,3 +136,28 @@ def test_heads_in_groups_give_the_same_bits(name: str, monkeypatch: pytest.Monke
     whole = function(q, k, v, bias)
     monkeypatch.setattr(limits, "ATTENTION_AT_ONCE", 2 * 64 * (40 + 33 * 3))  # two heads or three
     assert torch.equal(function(q, k, v, bias), whole)
+
+
+def test_fp8_with_sums_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an RTX 40 does it: all of the above, and no sum overflows, however large it can be."""
+    function = op("attention_int8_fp8", "triton", torch.float16)
+    from wanrt.kernels import attention_int8  # needs Triton
+
+    attend = attention_int8.attend
+    launched: list[tuple[Mma, ...]] = []
+
+    def watched(*args: Any) -> Tensor:
+        launched.append(args[-1])
+        return attend(*args)
+
+    monkeypatch.setattr(attention_int8, "attend", watched)
+    monkeypatch.setattr(attention_int8, "FP8_IN_FP16", (INTERPRETER, 89, 90, 120))
+    test_is_near_exact_attention("attention_int8_fp8", "triton", torch.bfloat16)
+    test_does_not_see_the_mean_of_the_keys("attention_int8_fp8", "triton")
+    test_fp8_does_not_see_the_mean_of_the_values("triton")
+    test_takes_values_of_any_size("attention_int8_fp8", "triton")
+    alike = torch.ones(1, 1, 256, 64, device=DEVICE).half()
+    v = torch.cat((alike[:, :, :128], -alike[:, :, 128:] / 2), 2)  # sums of 128 of one sign
+    y = function(alike, alike, v)
+    assert (y - 0.25).abs().max() <= 2**-10
+    assert all(mma[-1] == Mma("e4m3", "f16") for mma in launched)
