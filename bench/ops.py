@@ -169,10 +169,10 @@ def flat(result: Any) -> list[Tensor]:
 def _parts(inputs: Iterable[Any]) -> Iterator[Tensor]:
     """Every tensor of a call's inputs; a quantised one is two."""
     for x in inputs:
-        if isinstance(x, Tensor):
+        if isinstance(x, tuple):
+            yield from _parts(x)
+        elif isinstance(x, Tensor):
             yield x
-        elif x is not None:
-            yield from x
 
 
 def cosine(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanrt.kernels import fp8_sums
 from wanrt.kernels.arithmetic import cast, dot
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.reference import LARGEST
@@ -25,10 +26,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 HEADROOM = 8.0  # the largest probability is two to this: fp16 holds those down to 2^-32 of it
-# Values beside fp8 probabilities lie within 2^8, or where sums are in fp16 within 2^2: then those
-# of a block of keys stay below this.
-FP16_VALUE_BITS = 2
-LARGEST_FP16_SUM = 61440
 # NOTE: a bias below this counts as -inf.
 LEAST: tl.constexpr = tl.constexpr(-1e30)
 
@@ -278,8 +275,8 @@ def _peak(values: torch.dtype, in_fp16: bool, keys: int) -> float:
     """The power of two that a row's largest probability becomes."""
     if values != torch.float8_e4m3fn:
         return HEADROOM
-    largest = LARGEST[values]
-    return math.log2(LARGEST_FP16_SUM / (keys * 2**FP16_VALUE_BITS) if in_fp16 else largest)
+    in_sums = fp8_sums.LARGEST_SUM / (keys * 2**fp8_sums.VALUE_BITS)
+    return math.log2(in_sums if in_fp16 else LARGEST[values])
 
 
 def _tiles(x: Tensor) -> tuple[Tile, ...]:

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from wanrt.kernels.attention import DTYPES, FP16_VALUE_BITS, attend, empty_heads
+from wanrt.kernels import fp8_sums
+from wanrt.kernels.attention import DTYPES, attend, empty_heads
 from wanrt.kernels.attention_prepare import prepare
 from wanrt.kernels.launch import Mma, arch_of
 from wanrt.kernels.limits import heads_at_once
@@ -22,9 +23,6 @@ from wanrt.kernels.target import Target, lacks_fp8
 
 # Data-centre cards add up in fp32 as fast as in fp16.
 FULL_RATE = (80, 90)
-# Where fp8 products add up in fp16 twice as fast as in fp32, by the data sheet. That of 12.0 says
-# so, too; an RTX 5060 Ti was measured at full rate in fp32.
-FP8_IN_FP16 = (89,)
 
 
 def attention_int8(
@@ -39,7 +37,7 @@ def attention_int8_fp8(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """See `reference.attention_int8_fp8`; the result is a view [B, H, L, hd] of [B, L, H, hd]."""
-    values = Mma("e4m3", "f16" if arch_of(q) in FP8_IN_FP16 else "f32")
+    values = Mma("e4m3", "f16" if fp8_sums.used_on(arch_of(q)) else "f32")
     return _attend(q, k, v, bias, scale, torch.float8_e4m3fn, values)
 
 
@@ -61,7 +59,7 @@ def _attend(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     out = empty_heads(q, v.dtype)
     mma = (Mma("s8", "s32"), values)
-    bits = FP16_VALUE_BITS if values.accumulator == "f16" else FP8_BITS
+    bits = fp8_sums.VALUE_BITS if values.accumulator == "f16" else FP8_BITS
     size = heads_at_once(b * length, b * k.shape[2], head_dim, v_dtype.itemsize)
     for first in range(0, num_heads, size):
         heads = slice(first, first + size)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wanrt.kernels.reference import quantize
+from wanrt.kernels.reference import LARGEST, Quantized, quantize
 from wanrt.kernels.reference_vae import QuantizedConv
 
 EPS = 1e-6
@@ -31,10 +31,14 @@ Drawn = tuple[Any, ...]  # Tensor, Quantized, QuantizedConv or None
 
 
 class Rows(NamedTuple):
-    """fp32 rows that an op is handed as `Quantized`, with one scale for each `group` of columns."""
+    """fp32 rows that an op is handed as `Quantized`, with one scale for each `group` of columns.
+
+    small: fp8 numbers a 2^8th as large as they could be, and said to be (`fp8_sums.py`).
+    """
 
     values: Tensor
     group: int | None = None
+    small: bool = False
 
 
 Tensors = tuple[Tensor | Rows | QuantizedConv | None, ...]
@@ -90,17 +94,25 @@ class Case(NamedTuple):
 def to(x: Any, device: str) -> Any:
     """A drawn input on another device, in its own layout."""
     if isinstance(x, tuple):
-        return type(x)(*(_copy(part, None, device) for part in x))
+        return type(x)(
+            *(_copy(part, None, device) if isinstance(part, Tensor) else part for part in x)
+        )
     return None if x is None else _copy(x, None, device)
 
 
 def _as_input(x: Any, dtype: torch.dtype | None, device: str) -> Any:
     if isinstance(x, Rows):
         assert dtype is not None
-        return to(quantize(x.values, dtype, x.group), device)
+        rows = quantize(x.values, dtype, x.group)
+        return to(_small(rows) if x.small else rows, device)
     if x is None or isinstance(x, tuple):
         return to(x, device)
     return _copy(x, dtype if x.is_floating_point() else None, device)
+
+
+def _small(x: Quantized) -> Quantized:
+    values, dtype = x.values.float() / 256, x.values.dtype
+    return Quantized(values.to(dtype), x.scale * 256, LARGEST[dtype] / 256)
 
 
 def _copy(x: Tensor, dtype: torch.dtype | None, device: str) -> Tensor:

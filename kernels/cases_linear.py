@@ -25,7 +25,7 @@ TOKENS = 32760  # 81 frames of 480x832
 
 _STEP = "one quantisation step where a value lies between two"
 _SCALED = Limit(2e-6, 2e-6, "sums of eight-bit values are exact in s32; scaled in another order")
-_ADDED = Limit(2e-6, 2**-11, "tensor cores keep 13 bits of an fp8 sum; four of them make a group")
+_ADDED = Limit(2e-6, 2**-11, "tensor cores keep 13 bits of an fp8 sum, fp16 11 of one of 64")
 LIMITS = {
     "quantize": dict.fromkeys((FP32, BF16, FP16), Limit(2**-3, 1 / 127, _STEP)),
     "quantize_weight": dict.fromkeys((FP32, BF16, FP16), Limit(2**-3, 1 / 127, _STEP)),
@@ -37,11 +37,16 @@ LIMITS = {
 
 
 def _linear(
-    rows: int, inner: int, outer: int, group: int | None = None, bias: bool = True
+    rows: int,
+    inner: int,
+    outer: int,
+    group: int | None = None,
+    bias: bool = True,
+    small: bool = False,
 ) -> Callable[[], Tensors]:
     """x [1, rows, inner], weight [outer, inner], bias."""
     return lambda: (
-        Rows(normal(1, rows, inner), group),
+        Rows(normal(1, rows, inner), group, small),
         Rows(normal(outer, inner) / inner**0.5),
         normal(outer) if bias else None,
     )
@@ -94,6 +99,22 @@ def _wan(inner: int, outer: int) -> list[Case]:
     return cases
 
 
+def _wan_small(inner: int, outer: int) -> list[Case]:
+    """As `_wan`, fp8 alone, in numbers that may add up in fp16."""
+    wide = dict(size="wan", flop=flop, dtypes=(FP8,), activations=2)
+    gelu = {"activation": "gelu_tanh", "dtype": FP8}
+    return [
+        case
+        for scales, group in (("row", None), ("group", 128))
+        for linear in (_linear(TOKENS, inner, outer, group, small=True),)
+        for shape in (f"{inner}x{outer}-{scales}-small",)
+        for case in (
+            Case("linear_quantized", shape, linear, {"dtype": BF16}, **wide),
+            Case("linear_quantized_out", f"{shape}-fp8", linear, gelu, **wide),
+        )
+    ]
+
+
 def _wan_quantize(width: int) -> list[Case]:
     """What quantises the input of a linear of a released model."""
     return [
@@ -127,6 +148,10 @@ CASES = [
     Case("linear_quantized", "group", _linear(263, 384, 77, 128), _FP32, **_EIGHT),
     Case("linear_quantized", "gelu", _linear(9, 1100, 136), _FP32 | {"activation": "gelu_tanh"},
          **_EIGHT),
+    Case("linear_quantized", "small", _linear(65, 384, 77, small=True), _FP32,
+         activations=2, dtypes=(FP8,)),
+    Case("linear_quantized", "small-group", _linear(65, 384, 77, 128, small=True), _FP32,
+         activations=2, dtypes=(FP8,)),
     Case("linear_quantized_out", "odd", _linear(263, 200, 256), {"dtype": INT8}, **_EIGHT),
     Case("linear_quantized_out", "gelu", _linear(9, 256, 384, 128),
          {"dtype": FP8, "activation": "gelu_tanh"}, **_EIGHT),
@@ -144,4 +169,7 @@ CASES = [
     *_wan(5120, 5120),
     *_wan(5120, 13824),
     *_wan(13824, 5120),
+    *_wan_small(1536, 8960),
+    *_wan_small(8960, 1536),
+    *_wan_small(5120, 5120),
 ]  # fmt: skip

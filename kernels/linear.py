@@ -3,7 +3,8 @@
 What each op computes is said in `reference.py` under the same name. int8 adds up in s32: with one
 scale for each row of x the whole sum is scaled once. Where each 128 columns have a scale, their sum
 is scaled and added to an fp32 total. So is fp8 always, because Ada and Hopper keep about 13 bits of
-a sum of fp8 products (SageAttention2, arXiv:2411.10958): in 128 columns that does little harm.
+a sum of fp8 products (SageAttention2, arXiv:2411.10958): in 128 columns that does little harm. On
+8.9 sums of 64 are in fp16 (`fp8_sums.py`), where x says that it is small enough.
 bf16 and fp16 linears are left to cuBLAS.
 
 NOTE: tiles are chosen by what fits registers and shared memory; none was tried on hardware.
@@ -16,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanrt.kernels.arithmetic import cast, store_quantized
+from wanrt.kernels import fp8_sums
+from wanrt.kernels.arithmetic import cast, dot, store_quantized
+from wanrt.kernels.fp8_sums import activation_peak
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
-from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.reference import GROUP, Quantized
 from wanrt.kernels.rotation import MMA as TURN
 from wanrt.kernels.rotation import rotate
 from wanrt.kernels.target import Target
@@ -41,16 +44,16 @@ class Tile(NamedTuple):
 
 LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and nothing beside it
 SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 128 and spills
-TURNED = Tile(128, 32, 3, 8, 255)  # where the result is rotated: twice the sums, for a while
+TWICE = Tile(128, 32, 3, 8, 255)  # where there are sums twice: rotated ones, or fp16 ones
 
 
-def _tiles(arch: int, one_sum: bool, hadamard: bool) -> tuple[Tile, ...]:
+def _tiles(arch: int, one_sum: bool, twice: bool) -> tuple[Tile, ...]:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
         largest = Tile(512, GROUP // 2, 1, 4, 255)
         return largest, largest._replace(rows=32)
-    if hadamard:
-        return TURNED, TURNED._replace(stages=4)
+    if twice:
+        return TWICE, TWICE._replace(stages=4)
     if one_sum:
         return LARGE, LARGE._replace(stages=2), LARGE._replace(rows=128, depth=64)
     return SMALL, SMALL._replace(stages=4), SMALL._replace(stages=2)
@@ -88,8 +91,12 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    """fp32 [M, N]: x W^T, scaled by the scales of x. EVEN: STEP divides `depth`."""
+    """fp32 [M, N]: x W^T, scaled by the scales of x. EVEN: STEP divides `depth`.
+
+    By groups, SUM columns of each STEP add up in ACC.
+    """
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xm + k[None, :]  # [M, K]
     w_ptrs = w_ptr + column.to(tl.int64)[None, :] * stride_wn + k[:, None]  # [K, N]
@@ -97,26 +104,28 @@ def _product(
     rows, columns = (row < num_rows)[:, None], (column < num_columns)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if BY_GROUP else ACC)
     for _ in range(tl.cdiv(depth, STEP)):
-        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BY_GROUP else total
-        # NOTE: several products a step. Of one alone Triton 3.8 fetches the next operands early
-        # and carries them through the loop, each byte in a register of its own.
-        for _ in tl.static_range(STEP // BLOCK_K):
-            if EVEN:
-                x = tl.load(x_ptrs, rows, 0.0)
-                w = tl.load(w_ptrs, columns, 0.0)
+        for _ in tl.static_range(STEP // SUM):
+            acc = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BY_GROUP else total
+            # NOTE: several products a step. Of one alone Triton 3.8 fetches the next operands early
+            # and carries them through the loop, each byte in a register of its own.
+            for _ in tl.static_range(SUM // BLOCK_K):
+                if EVEN:
+                    x = tl.load(x_ptrs, rows, 0.0)
+                    w = tl.load(w_ptrs, columns, 0.0)
+                else:
+                    x = tl.load(x_ptrs, rows & (k < depth)[None, :], 0.0)
+                    w = tl.load(w_ptrs, columns & (k < depth)[:, None], 0.0)
+                    k += BLOCK_K
+                acc = dot(x, w, acc, ACC)
+                x_ptrs += BLOCK_K
+                w_ptrs += BLOCK_K
+            if BY_GROUP:
+                scale = tl.load(scale_ptrs, row < num_rows, 0.0)
+                total += acc.to(tl.float32) * scale[:, None]
             else:
-                x = tl.load(x_ptrs, rows & (k < depth)[None, :], 0.0)
-                w = tl.load(w_ptrs, columns & (k < depth)[:, None], 0.0)
-                k += BLOCK_K
-            acc = tl.dot(x, w, acc, out_dtype=ACC)
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
+                total = acc
         if BY_GROUP:
-            scale = tl.load(scale_ptrs, row < num_rows, 0.0)
-            total += acc.to(tl.float32) * scale[:, None]
             scale_ptrs += tl.minimum(groups - 1, 1)
-        else:
-            total = acc
     if BY_GROUP:
         return total
     return total.to(tl.float32) * tl.load(scale_ptrs, row < num_rows, 0.0)[:, None]
@@ -200,6 +209,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
+    SUM: tl.constexpr,
     SWATH: tl.constexpr,
 ):
     """One tile [M, N] of act(x W^T * scales + bias), added to a residual or quantised if asked."""
@@ -208,7 +218,7 @@ def _linear_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y = _product(x_ptr, x_scale_ptr, w_ptr, row, column, num_rows, num_columns, depth, groups,
                  stride_xm, stride_wn, BY_GROUP, EVEN, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
-                 STEP)  # fmt: skip
+                 STEP, SUM)  # fmt: skip
     exists, held = row < num_rows, column < num_columns
     y *= tl.load(w_scale_ptr + column * stride_wscale, held, 0.0)[None, :]
     if bias_ptr is not None:
@@ -258,7 +268,7 @@ def linear_quantized_out(
     values = torch.empty((*leading, width), dtype=dtype, device=device)
     scale = torch.empty((*leading, width // GROUP), dtype=torch.float32, device=device)
     _linear(x, weight, bias, values, activation, out_scale=scale, hadamard=hadamard)
-    return Quantized(values, scale)
+    return Quantized(values, scale, activation_peak(dtype, arch_of(values)))
 
 
 def linear_gated_residual(
@@ -294,11 +304,16 @@ def _linear(
     (num_columns, depth), groups = columns.shape, scale.shape[-1]
     assert groups in (1, depth / GROUP), f"{x.scale.shape=} {depth=}"
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
+    arch = arch_of(out)
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
     one_sum = not by_group and residual is None and out_scale is None
     kind = "rotated" if hadamard else "one-sum" if one_sum else "more"
-    key = f"linear/{rows.dtype}/{kind}/{'groups' if by_group else 'rows'}".replace("torch.", "")
-    tile = pick(key, _tiles(arch_of(out), one_sum, hadamard), out)
+    in_fp16 = rows.dtype == torch.float8_e4m3fn and _in_fp16(x, arch)
+    product = Mma("e4m3", "f16") if in_fp16 else MMA[rows.dtype]
+    sums = "groups" if by_group else "rows"
+    key = f"linear/{str(rows.dtype).removeprefix('torch.')}/{kind}/{sums}"
+    key += "/fp16" if in_fp16 else ""
+    tile = pick(key, _tiles(arch, one_sum, hadamard or in_fp16), out)
     weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)
@@ -326,23 +341,29 @@ def _linear(
         0 if residual is None else residual.stride(0),
         *gate_strides,
         result.stride(0),
-        LARGEST.get(out.dtype, 1.0),
+        1.0 if out_scale is None else activation_peak(out.dtype, arch),
         GELU=activation is not None,
         HADAMARD=hadamard,
         GATE_BY_ROW=any(gate_strides),
         BY_GROUP=by_group,
         EVEN=depth % GROUP == 0,
-        ACC=tl.int32 if rows.dtype == torch.int8 else tl.float32,
+        ACC={"s32": tl.int32, "f16": tl.float16, "f32": tl.float32}[product.accumulator],
         BLOCK_M=tile.rows,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tile.depth,
         STEP=GROUP,
+        SUM=fp8_sums.SUM_COLUMNS if in_fp16 else GROUP,
         SWATH=SWATH,
         num_stages=tile.stages,
         num_warps=tile.warps,
         maxnreg=tile.registers,
-        mma=(MMA[rows.dtype], TURN[torch.float32]) if hadamard else (MMA[rows.dtype],),
+        mma=(product, TURN[torch.float32]) if hadamard else (product,),
     )
+
+
+def _in_fp16(x: Quantized, arch: int) -> bool:
+    """Whether fp8 x is small enough for sums in fp16, on a card that gains by them."""
+    return fp8_sums.used_on(arch) and x.peak is not None and x.peak <= fp8_sums.ACTIVATION_PEAK
 
 
 def _rows(x: Tensor) -> Tensor:

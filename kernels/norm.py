@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wanrt.kernels.arithmetic import cast, store_quantized
+from wanrt.kernels.fp8_sums import activation_peak
 from wanrt.kernels.launch import INTERPRETER, arch_of, launch
-from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.reference import GROUP, Quantized
 from wanrt.kernels.rotation import MMA, TURNED, rotate
 from wanrt.kernels.target import Target
 
@@ -196,7 +197,7 @@ def layer_norm_modulate_quantize(
     scale, shift = _dense(scale), _dense(shift)
     strides = _broadcast(scale, x)
     _layer_norm(_rows_dense(x), scale, shift, strides, eps, out, out_scale, True, hadamard)
-    return Quantized(out, out_scale)
+    return Quantized(out, out_scale, activation_peak(dtype, arch_of(x)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -279,7 +280,7 @@ def _layer_norm(
         *x.stride()[:2],
         *modulation,
         eps,
-        LARGEST.get(out.dtype, 1.0),
+        1.0 if out_scale is None else activation_peak(out.dtype, arch_of(x)),
         ADD_ONE=add_one,
         HADAMARD=hadamard,
         BLOCK_M=rows,

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wanrt.kernels.arithmetic import store_quantized
+from wanrt.kernels.fp8_sums import activation_peak
 from wanrt.kernels.launch import INTERPRETER, arch_of, launch
 from wanrt.kernels.norm import DTYPES, MAX_WIDTH
-from wanrt.kernels.reference import GROUP, LARGEST, Quantized
+from wanrt.kernels.reference import GROUP, Quantized
 from wanrt.kernels.rotation import MIN_TURNED, MMA, TURNED, rotate
 from wanrt.kernels.target import Target
 
@@ -82,7 +83,7 @@ def quantize(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty((*x.shape[:-1], width // group), dtype=torch.float32, device=x.device)
-    tile = _tile(x, group, hadamard)
+    tile, peak = _tile(x, group, hadamard), activation_peak(dtype, arch_of(x))
     launch(
         _quantize_kernel,
         (triton.cdiv(scale.numel(), tile.rows),),
@@ -93,7 +94,7 @@ def quantize(
         width // group,
         group,
         rows.stride(0),
-        LARGEST[dtype],
+        peak,
         HADAMARD=hadamard,
         BLOCK_M=tile.rows,
         BLOCK_D=tile.columns,
@@ -101,7 +102,7 @@ def quantize(
         enable_fp_fusion=False,  # a product is rounded before it is compared: bits count
         mma=(MMA[x.dtype],) if hadamard else (),
     )
-    return Quantized(values, scale)
+    return Quantized(values, scale, peak)
 
 
 def supports(op: str, target: Target) -> str | None:

@@ -23,11 +23,13 @@ GROUP = 128  # columns that are rotated together, and that one scale of a linear
 class Quantized(NamedTuple):
     """Eight-bit values `[..., D]` and fp32 `scale` `[..., G]` of each of G groups of columns.
 
-    A value stands for value * scale of its group; the D / G columns of a group lie together.
+    A value stands for value * scale of its group; the D / G columns of a group lie together. No
+    |value| is above `peak`, where that is known.
     """
 
     values: Tensor
     scale: Tensor
+    peak: float | None = None
 
 
 def layer_norm(

@@ -33,7 +33,7 @@ def filled(
     """A product with random weights, and the weights it stands for, fp64."""
     linear = QuantizedLinear(inner, outer, form, torch.float32)
     made = torch_quantize.quantize_weight(torch.randn(outer, inner), form.dtype, form.rotated)
-    linear.weight.data, linear.weight_scale.data = made
+    linear.weight.data, linear.weight_scale.data = made.values, made.scale
     linear.bias.data = torch.randn(outer)
     plain = torch_quantize.dequantize(made)
     return linear, (rotate(plain) if form.rotated else plain).double()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanrt.kernels import reference, registry
 from wanrt.kernels.cases import EPS, Case, Limit, all_cases, limits, to
-from wanrt.kernels.reference import Quantized
+from wanrt.kernels.reference import LARGEST, Quantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {name: case for name, case in all_cases().items() if case.size == "small"}
@@ -52,7 +52,8 @@ def call(function: Callable[..., Any], case: Case, tensors: Any, **kwargs: Any) 
     """Every tensor of the result; quantised values as what they stand for."""
     result = function(*tensors, **(case.kwargs | kwargs))
     if isinstance(result, Quantized):
-        return [reference.dequantize(result), result.scale]
+        peak = result.peak or LARGEST[result.values.dtype]  # what the largest of a row became
+        return [reference.dequantize(result), result.scale * peak]
     if isinstance(result, tuple):
         return [part for part in result if part is not None]
     return [result]
@@ -60,9 +61,8 @@ def call(function: Callable[..., Any], case: Case, tensors: Any, **kwargs: Any) 
 
 def parts(inputs: Any) -> list[Tensor]:
     """The tensors of drawn inputs, eight-bit values as their bytes."""
-    tensors = [
-        tensor for x in inputs if x is not None for tensor in (x if isinstance(x, tuple) else (x,))
-    ]
+    each = [part for x in inputs for part in (x if isinstance(x, tuple) else (x,))]
+    tensors = [part for part in each if isinstance(part, Tensor)]
     return [x.view(torch.uint8) if x.itemsize == 1 else x for x in tensors]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt.kernels import limits, reference, registry
+from wanrt.kernels import fp8_sums, limits, reference, registry
 from wanrt.kernels.cases_attention import heads, real
 from wanrt.kernels.launch import INTERPRETER, Mma
 from wanrt.kernels.reference import dequantize, quantize
@@ -151,7 +151,7 @@ def test_fp8_with_sums_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
         return attend(*args)
 
     monkeypatch.setattr(attention_int8, "attend", watched)
-    monkeypatch.setattr(attention_int8, "FP8_IN_FP16", (INTERPRETER, 89, 90, 120))
+    monkeypatch.setattr(fp8_sums, "ARCHS", (INTERPRETER, 89, 90, 120))
     test_is_near_exact_attention("attention_int8_fp8", "triton", torch.bfloat16)
     test_does_not_see_the_mean_of_the_keys("attention_int8_fp8", "triton")
     test_fp8_does_not_see_the_mean_of_the_values("triton")

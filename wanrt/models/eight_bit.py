@@ -110,9 +110,8 @@ def convert(module: nn.Module, formats: Mapping[str, LinearFormat]) -> None:
     quantize_linears(module, formats, torch.device("cpu"), torch.float32)
     for name, form in formats.items():
         made, old = module.get_submodule(name), plain[name]
-        made.weight.data, made.weight_scale.data = quantize_weight(
-            old.weight, form.dtype, form.rotated
-        )
+        weight = quantize_weight(old.weight, form.dtype, form.rotated)
+        made.weight.data, made.weight_scale.data = weight.values, weight.scale
         made.bias.data = old.bias.data
 
 

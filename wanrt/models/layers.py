@@ -248,7 +248,7 @@ def _parts(length: int) -> Iterator[slice]:
 
 def _rows(x: Tensor | Quantized, rows: slice, samples: slice = slice(None)) -> Tensor | Quantized:
     if isinstance(x, Quantized):
-        return Quantized(x.values[samples, rows], x.scale[samples, rows])
+        return x._replace(values=x.values[samples, rows], scale=x.scale[samples, rows])
     return x[samples, rows]
 
 

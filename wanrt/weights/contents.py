@@ -109,8 +109,9 @@ class Weights:
         if name not in self.formats:
             return self.plain(name, self.plain_dtype(name), out)
         form = self.formats[name]
-        values, self._scales[scale_of(name)] = self._quantized(name, form, device, out)
-        return values
+        made = self._quantized(name, form, device, out)
+        self._scales[scale_of(name)] = made.scale
+        return made.values
 
     def read_into(self, out: Tensor, name: str, device: torch.device = CPU) -> None:
         """A tensor of the module into memory of the CPU, with no copy of it beside where that can
@@ -164,7 +165,7 @@ class Weights:
             if name in self._unchecked:
                 _check_finite(self.checkpoint, self.sources[name], plain)
             made = quantize_weight(plain.to(device), form.dtype, form.rotated)
-            values[begin : rows.stop], scale[begin : rows.stop] = made
+            values[begin : rows.stop], scale[begin : rows.stop] = made.values, made.scale
         self._unchecked.discard(name)
         return Quantized(values, scale)
 
