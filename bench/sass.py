@@ -9,8 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 
@@ -21,7 +21,8 @@ _TARGET = re.compile(r"BRA\b.*`\(\.(L_\w+)\)")
 _PRODUCT = re.compile(r"[HIQ](?:G)?MMA\b")
 
 
-class Loop(NamedTuple):
+@dataclass(frozen=True)
+class Loop:
     """Instructions of one turn of a loop, and how many of them are tensor-core products."""
 
     instructions: int

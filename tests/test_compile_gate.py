@@ -11,10 +11,14 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from wanrt.bench import compile as gate
+from wanrt.bench import sass
 from wanrt.kernels import registry
 from wanrt.kernels.cases import all_cases
 from wanrt.kernels.launch import Mma
 
+CONSUMER = (86, 89, 120)
+# Instructions to a product of a convolution that keeps a tensor core busy for 16 cycles there.
+MOST = 6
 ROOT = Path(__file__).resolve().parent.parent
 TRITON_OPS = [name for name, row in registry.OPS.items() if row.triton]
 
@@ -29,6 +33,11 @@ def test_every_kernel_compiles_as_it_is_meant(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["arch"] for row in rows} == set(gate.ARCHS)
     assert all(row["registers"] > 0 for row in rows)
+    quick = [row for row in rows if row["arch"] in CONSUMER and "conv" in row["kernel"]]
+    quick = [row for row in quick if row["mma"] in (["s8->s32"], ["f16->f16"])]
+    assert {row["arch"] for row in quick} == set(CONSUMER)
+    for row in quick:
+        assert row["loop"]["instructions"] < MOST * row["loop"]["products"], row
     named = (ROOT / "docs" / "compiled.md").read_text("utf-8")
     for kernel in {row["kernel"] for row in rows}:
         assert f"`{kernel}`" in named, (
@@ -70,6 +79,23 @@ def test_every_op_is_compiled_and_interpreted(name: str) -> None:
 
 
 MEANT = (Mma("f16", "f16"),)
+
+
+def test_loops() -> None:
+    """The inner one of two, with a predicate before its jump; a jump ahead is no loop."""
+    code = """
+.L_x_0:
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   IMMA.16832.S8.S8 R4, R8.ROW, R12.COL, R4 ;
+        /*0050*/              @!UP1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/               @P2 BRA.U `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+    assert list(sass.loops(code)) == [sass.Loop(4, 2), sass.Loop(6, 2)]
 
 
 @pytest.mark.parametrize(
