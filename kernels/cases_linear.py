@@ -53,11 +53,17 @@ def _linear(
 
 
 def _residual(
-    b: int, rows: int, inner: int, outer: int, gate: tuple[int, int] | None, group: int | None
+    b: int,
+    rows: int,
+    inner: int,
+    outer: int,
+    gate: tuple[int, int] | None,
+    group: int | None,
+    small: bool = False,
 ) -> Callable[[], Tensors]:
     """x, weight, bias, residual and a gate [*gate, outer]."""
     return lambda: (
-        Rows(normal(b, rows, inner), group),
+        Rows(normal(b, rows, inner), group, small),
         Rows(normal(outer, inner) / inner**0.5),
         normal(outer),
         strided(b, rows, outer),
@@ -103,16 +109,17 @@ def _wan_small(inner: int, outer: int) -> list[Case]:
     """As `_wan`, fp8 alone, in numbers that may add up in fp16."""
     wide = dict(size="wan", flop=flop, dtypes=(FP8,), activations=2)
     gelu = {"activation": "gelu_tanh", "dtype": FP8}
-    return [
-        case
-        for scales, group in (("row", None), ("group", 128))
-        for linear in (_linear(TOKENS, inner, outer, group, small=True),)
-        for shape in (f"{inner}x{outer}-{scales}-small",)
-        for case in (
+    cases = []
+    for scales, group in (("row", None), ("group", 128)):
+        shape = f"{inner}x{outer}-{scales}-small"
+        linear = _linear(TOKENS, inner, outer, group, small=True)
+        residual = _residual(1, TOKENS, inner, outer, (1, 1), group, small=True)
+        cases += [
             Case("linear_quantized", shape, linear, {"dtype": BF16}, **wide),
+            Case("linear_gated_residual", shape, residual, **wide),
             Case("linear_quantized_out", f"{shape}-fp8", linear, gelu, **wide),
-        )
-    ]
+        ]
+    return cases
 
 
 def _wan_quantize(width: int) -> list[Case]:
