@@ -2,7 +2,7 @@
 
 For `wanrt bench quality` on a CPU, at small sizes. A product of 16 channels is added to an fp16
 sum and rounded; sums of 128 products join an fp32 total. That is the most which
-`reference_vae.causal_conv3d` permits, and about what the Triton kernels do: 64 to 128.
+`reference_vae.causal_conv3d` permits, and the most that the Triton kernels do.
 """
 
 import torch

@@ -30,7 +30,8 @@ from wanrt.kernels.winners import slug
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 E2E = ("bench", "e2e", "--model", "wan2.1-t2v-1.3b", "--device", "cuda", "--steps", "4", "--json")
-_TESTS = tuple(f"tests/test_ops{n}.py" for n in ("", "_attention", "_conv", "_conv_int8", "_quantized"))
+_FAMILIES = ("", "_attention", "_conv", "_conv_int8", "_quantized")
+_TESTS = tuple(f"tests/test_ops{family}.py" for family in _FAMILIES)
 _VAE_SIZE = (60, 104)  # latents of 480x832
 
 Record = dict[str, Any]

@@ -42,6 +42,7 @@ class Tile(NamedTuple):
 # 128 queries of 128 columns fill the registers of 8 warps. Untested on hardware.
 # Keys stay 64: prepared fp8 values lie in such blocks, and sums in eight or 16 bits are of so many.
 TILES = (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
+TILES_BIASED = TILES[:1]  # a bias takes registers and shared memory that the others do not leave
 TILES_INTERPRETER = (Tile(128, 128, 4, 1), Tile(32, 128, 4, 1))
 
 
@@ -238,7 +239,8 @@ def attend(
     q, k, v = rows_dense(q), rows_dense(k), rows_dense(v)
     width = max(32, triton.next_power_of_2(head_dim))
     key = f"attention/{'-'.join(product.operand for product in mma)}/{head_dim}"
-    tile = pick(key, _tiles(q), q)
+    key += "" if bias is None else "/bias"
+    tile = pick(key, _tiles(q, bias is not None), q)
     in_fp16 = mma[-1].accumulator == "f16"
     launch(
         _attention_kernel,
@@ -279,8 +281,10 @@ def _peak(values: torch.dtype, in_fp16: bool, keys: int) -> float:
     return math.log2(in_sums if in_fp16 else LARGEST[values])
 
 
-def _tiles(x: Tensor) -> tuple[Tile, ...]:
-    return TILES_INTERPRETER if arch_of(x) == INTERPRETER else TILES
+def _tiles(x: Tensor, biased: bool = False) -> tuple[Tile, ...]:
+    if arch_of(x) == INTERPRETER:
+        return TILES_INTERPRETER
+    return TILES_BIASED if biased else TILES
 
 
 def keys_of(x: Tensor) -> int:

@@ -126,6 +126,7 @@ def _wan() -> list[Case]:
         causal("halving", (1, 192, 4, 120, 208), 192, (3, 1, 1), stride=2, norm=False, **bf16),
         causal("qkv", (1, 384, 1, 60, 104), 1152, (1, 1, 1), norm=False, **bf16),
         causal("wan22-160", (1, 160, 4, 352, 640), 160, residual=True, **bf16),
+        causal("wan22-160-fp16acc", (1, 160, 4, 352, 640), 160, residual=True, **fp16),
         causal("wan22-1024", (1, 1024, 1, 44, 80), 1024, residual=True, **bf16),
         causal("wan22-head", (1, 256, 4, 352, 640), 12, **bf16),
         resample("upsample_conv2d", "384-192", (1, 384, 1, 60, 104), 192, **bf16),

@@ -117,8 +117,12 @@ def _wan_small(inner: int, outer: int) -> list[Case]:
         cases += [
             Case("linear_quantized", shape, linear, {"dtype": BF16}, **wide),
             Case("linear_gated_residual", shape, residual, **wide),
-            Case("linear_quantized_out", f"{shape}-fp8", linear, gelu, **wide),
-        ]
+            *(
+                Case("linear_quantized_out", f"{shape}-fp8{turned}", linear,
+                     gelu | {"hadamard": turned != ""}, **wide)
+                for turned in ("", "-hadamard")
+            ),
+        ]  # fmt: skip
     return cases
 
 
@@ -168,6 +172,8 @@ CASES = [
          {"dtype": FP8, "activation": "gelu_tanh", "hadamard": True}, limit=TURNED, **_EIGHT),
     Case("linear_gated_residual", "sample", _residual(2, 63, 200, 77, (2, 1), None), **_EIGHT),
     Case("linear_gated_residual", "token", _residual(2, 9, 256, 130, (1, 9), 128), **_EIGHT),
+    Case("linear_gated_residual", "small", _residual(2, 9, 256, 130, (1, 9), 128, small=True),
+         dtypes=(FP8,), activations=2),
     Case("linear_gated_residual", "no-gate", _residual(1, 9, 130, 77, None, None), **_EIGHT),
     *(case for width in (1536, 8960, 5120, 13824) for case in _wan_quantize(width)),
     *_wan(1536, 1536),

@@ -51,13 +51,19 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
     step = min(step, max(16, triton.next_power_of_2(channels)))
     warps = 8 if wide + narrow > 64 else 4
     first = Tile(128, wide, narrow, step, 1, warps, 3 if step == 16 else 4)
-    unroll = turns(first, channels, x.element_size(), arch, FP16_TERMS)[-1]
-    long = first._replace(unroll=unroll, stages=3)
+    turned = (
+        first._replace(step=size, unroll=unroll, stages=3)
+        for size in (step, 16)
+        for unroll in turns(first._replace(step=size), channels, x.element_size(), arch, FP16_TERMS)
+    )
+    long = max(turned, key=lambda tile: (tile.step * tile.unroll, tile.step))
     if in_fp16 or arch in (80, 90):
         first, long = long, first
-    small = first._replace(pixels=64, warps=4)
-    tiles = (first, long, first._replace(stages=first.stages - 1), small)
-    return tuple(dict.fromkeys((*tiles, small._replace(stages=first.stages - 1))))
+    small, fewer = first._replace(pixels=64, warps=4), first.stages - 1
+    tiles = [first, long, first._replace(stages=fewer), small]
+    if not in_fp16:  # there it spills
+        tiles.append(small._replace(stages=fewer))
+    return tuple(dict.fromkeys(tiles))
 
 
 @triton.jit

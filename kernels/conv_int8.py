@@ -3,7 +3,7 @@
 What it computes is said in `reference_vae.causal_conv3d_int8`, integer sums bit for bit. As in
 `conv.py`, a row of the product is an output pixel and nothing is concatenated, padded or unfolded.
 What a tap sees outside of frames is loaded as 0, as asynchronous copies do it, although the format
-has another zero point: the few pixels of which that is true take what they lack from a table.
+has another zero point: sums start from a table of what that makes of each border.
 """
 
 from collections.abc import Iterator

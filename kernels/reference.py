@@ -249,7 +249,9 @@ class Preparation(NamedTuple):
     q_factor: Tensor
     k_factor: Tensor  # the inverse of q_factor
     v_mean: Tensor  # zeros for fp16
-    v_scale: Tensor  # (v - v_mean) / v_scale lies within 1, or 2^8 for fp8; for fp16 one a head
+    # (v - v_mean) / v_scale lies within 1, or for fp8 within 2^8 (2^2 where sums are in fp16); for
+    # fp16 there is one number a head.
+    v_scale: Tensor
 
 
 def prepare_int8(q: Tensor, k: Tensor, v: Tensor, v_dtype: torch.dtype) -> Preparation:

@@ -51,4 +51,4 @@ def check_frames(*clips: Tensor) -> None:
     """Places within a frame `[B, C, T, H, W]` are counted in 32 bits."""
     for clip in clips:
         numbers = clip.shape[1] * clip.shape[3] * clip.shape[4]
-        assert numbers < 2**31, f"a frame of {tuple(clip.shape)} has {numbers} numbers, not 2^31"
+        assert numbers <= 2**31, f"a frame of {tuple(clip.shape)} has {numbers} numbers, over 2^31"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanrt.kernels import reference_vae, registry, torch_conv, winners
-from wanrt.kernels.tile import Tile
+from wanrt.kernels.tile import Tile, check_frames
 
 
 class Backend(NamedTuple):
@@ -355,3 +355,10 @@ def test_a_turn_of_the_loop_may_be_long(
     for y in results:
         assert accumulator == torch.float16 or torch.equal(y, results[0])
         assert float((y - expected).abs().max()) <= limit
+
+
+def test_frames_are_counted_in_32_bits() -> None:
+    """The largest frame of VAE 2.2 at 4096x4096, the largest size of all, is just within."""
+    check_frames(torch.empty(1, 512, 1, 2048, 2048, device="meta"))
+    with pytest.raises(AssertionError, match="over 2"):
+        check_frames(torch.empty(1, 512, 1, 2048, 2049, device="meta"))

@@ -86,7 +86,7 @@ def ops_of(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> VaeOps:
         return TORCH
     for module in (conv, conv_int8, channel_norm):
         monkeypatch.setattr(module, "launch", lambda *args, **options: None)
-    tiles = (conv.Tile(128, 64, 0, 32, 4, 4),)
+    tiles = (conv.Tile(128, 64, 0, 32, 1, 4, 4),)
     for module in (conv, conv_int8):
         monkeypatch.setattr(module, "_tiles", lambda *args: tiles)
     return TORCH._replace(

@@ -399,12 +399,11 @@ def test_decoding_holds_less(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_whole_requests_are_measured() -> None:
-    """Frames of 8 bits: fp16 rounds few of them otherwise, and the scorer reads what it read."""
+    """The scorer reads what it read."""
     found = {row.vae: row for row in quality_frames.rows(1)}
-    assert set(found) == {"bf16", "fp16", "int8"}
+    assert set(found) == {"bf16", "int8"}
     for row in found.values():
         assert row.verdict == row.verdict_fp32 and row.psnr == row.least_psnr >= 45
-    assert found["fp16"].psnr > found["bf16"].psnr
 
 
 def test_a_vae_without_an_encoder_is_named(tmp_path: Path) -> None:
