@@ -40,7 +40,11 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty=+"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return ""
+    return done.stdout.strip()
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:

@@ -80,10 +80,11 @@ def _version(asked: bool) -> None:
 def _rows(report: "Report") -> list[tuple[str, str]]:
     absent = ", ".join(name for name, held in report.packages.items() if held is None)
     there = {name: held for name, held in report.packages.items() if held}
+    memory = "memory not known" if report.memory is None else gib(report.memory)
     return [
         ("wanrt", ", ".join(filter(None, (report.wanrt, report.commit)))),
         ("system", f"{report.system}, Python {report.python}"),
-        ("processor", f"{report.processor}, {report.threads} threads, {gib(report.memory)}"),
+        ("processor", f"{report.processor}, {report.threads} threads, {memory}"),
         ("card", _card(report)),
         ("packages", _pairs(there) + (f"; without {absent}" if absent else "")),
         ("encoders", _pairs({codec: name or "none" for codec, name in report.encoders.items()})),
@@ -101,7 +102,8 @@ def _card(report: "Report") -> str:
         return f"none that PyTorch sees, which is built {cuda}"
     driver = f", driver {found.driver}" if found.driver else ""
     memory = f"{gib(found.free)} of {gib(found.total)} free"
-    return f"{found.name}, {found.capability}, {memory}{driver}, CUDA {report.cuda}"
+    cuda = f", CUDA {report.cuda}" if report.cuda else ""
+    return f"{found.name}, {found.capability}, {memory}{driver}{cuda}"
 
 
 def _pairs(values: dict[str, Any]) -> str:

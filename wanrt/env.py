@@ -12,7 +12,8 @@ from pathlib import Path
 
 from wanrt.errors import UsageError
 
-OPS, CACHE, KEYS, LEDGER = "WANRT_OPS", "WANRT_CACHE", "WANRT_KEYS", "WANRT_LEDGER"
+PREFIX = "WANRT_"
+OPS, CACHE, KEYS, LEDGER = (f"{PREFIX}{name}" for name in ("OPS", "CACHE", "KEYS", "LEDGER"))
 _BACKENDS = ("auto", "triton", "torch", "reference")
 
 

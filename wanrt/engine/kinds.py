@@ -18,7 +18,7 @@ class Library:
         return release(*self.distributions)
 
 
-# By its name in `--engine` and in a bundle's manifest.
+# By the names of `--engine`, and of a kind of engines in a bundle's manifest.
 LIBRARIES = {
     "onnxruntime": Library(
         ("onnxruntime-gpu", "onnxruntime"),
@@ -26,7 +26,7 @@ LIBRARIES = {
         "on the CPU; on CUDA not tested on hardware",
     ),
     "tensorrt-rtx": Library(
-        ("tensorrt-rtx-cu13",),
+        ("tensorrt-rtx-cu13", "tensorrt-rtx"),
         "pip install 'wanrt[rtx]'",
         "engines are built; running them is not tested on hardware",
     ),

@@ -45,9 +45,10 @@ def driver_release() -> str | None:
         return None
     try:
         pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
+        found = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
         return None
+    return found.decode() if isinstance(found, bytes) else found  # bytes: old releases
 
 
 def enforce(budget: int, device: torch.device) -> None:
