@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wanrt.bench import fp16_sums
+from wanrt.bench.vae import latent_size
 from wanrt.config import VAE_2_1
 from wanrt.errors import UsageError
 from wanrt.kernels import reference_vae
@@ -63,15 +64,13 @@ def rows(weights: Path | None, size: str, variants: list[str]) -> Iterator[Row]:
     unknown = set(variants) - set(VARIANTS)
     if unknown:
         raise UsageError(f"no variant {min(unknown)!r}; choose of {', '.join(VARIANTS)}")
-    width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()) or int(width) % 8 or int(height) % 8:
-        raise UsageError(f"size {size!r}: write WIDTHxHEIGHT in multiples of 8, as 48x48")
+    latents = latent_size(size)
     with torch.inference_mode():
         subjects = (
             [lambda: trained(weights)]
             if weights
             else [
-                lambda: random(int(height) // 8, int(width) // 8),
+                lambda: random(*latents),
                 lambda: trained(NANO_WEIGHTS / "vae.safetensors", "nano VAE"),
             ]
         )

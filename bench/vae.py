@@ -27,6 +27,7 @@ from wanrt.models.layers import choose
 from wanrt.models.vae import LATENT_STATISTICS, WanVAE
 from wanrt.models.vae_layers import VaeOps
 from wanrt.quant.formats import PLAIN
+from wanrt.tasks.sizes import parse_size
 from wanrt.weights.load import place
 
 Decode = Callable[[Tensor], Tensor]
@@ -55,15 +56,16 @@ def main(
             raise UsageError(f"dtype {name!r} does not exist; choose of {', '.join(_LIMITS)}")
         for size in sizes:
             row = {"bench": "vae", "dtype": name, "size": size}
-            row |= measure(device, peer, name, _latent_size(size), repeats)
+            row |= measure(device, peer, name, latent_size(size), repeats)
             print(json.dumps(row | about) if as_json else _line(row, peer), flush=True)
 
 
-def _latent_size(size: str) -> tuple[int, int]:
-    width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()) or int(width) % 8 or int(height) % 8:
+def latent_size(size: str) -> tuple[int, int]:
+    """Rows and columns of the latents of a clip. Raises UsageError."""
+    width, height = parse_size(size)
+    if not (width and height) or width % 8 or height % 8:
         raise UsageError(f"size {size!r}: write WIDTHxHEIGHT in multiples of 8, as 96x96")
-    return int(height) // 8, int(width) // 8
+    return height // 8, width // 8
 
 
 @torch.inference_mode()
