@@ -101,7 +101,7 @@ def _measure(
             yield row(group, name, _changed(model, FORMATS[name], GROUPS[group]))
     if "all" in groups and "fp8" in forms:
         changed = _changed(model, FORMATS["fp8"], GROUPS["all"])
-        with _small_activations():
+        with small_activations():
             small = row(SMALL, "fp8", changed)
         yield small
     for precision, attention in ATTENTION.items():
@@ -116,7 +116,7 @@ def _measure(
 
 
 @contextmanager
-def _small_activations() -> Iterator[None]:
+def small_activations() -> Iterator[None]:
     """Rows are quantised as `fp8_sums.py` wants them; weights are not: that was before."""
     plain = torch_quantize.LARGEST
     torch_quantize.LARGEST = plain | {torch.float8_e4m3fn: ACTIVATION_PEAK}

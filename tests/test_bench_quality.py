@@ -13,6 +13,8 @@ from wanrt.bench import quality, quality_layers, quality_requests
 from wanrt.bench.pictures import psnr, ssim
 from wanrt.bench.quality_requests import Row
 from wanrt.errors import UsageError
+from wanrt.kernels import torch_quantize
+from wanrt.kernels.reference import LARGEST
 
 
 def clip(seed: int) -> torch.Tensor:
@@ -77,3 +79,10 @@ def test_requests_go_on_where_they_were(tmp_path: Path) -> None:
     assert record.read_text().startswith(line)
     assert (row.prompts, row.least_cosine, row.verdict) == (2, 0.5, first.verdict / 2)
     assert row.median_cosine == (0.5 + first.least_cosine) / 2
+
+
+def test_small_activations_are_another_fp8() -> None:
+    modes = ["fp8", "fp8 with small activations"]
+    plain, small = quality_requests.rows(modes, 1)
+    assert plain.least_cosine != small.least_cosine and small.least_cosine > 0.99
+    assert torch_quantize.LARGEST is LARGEST  # as before
