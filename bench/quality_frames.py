@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from wanrt.bench.pictures import psnr, ssim
-from wanrt.bench.quality_requests import prompts
 from wanrt.config import VaePrecision
-from wanrt.nano.language import Scene
+from wanrt.nano.language import Scene, held_out_prompts
 from wanrt.nano.scorer import agreement, score
 from wanrt.pipeline import Pipeline, Run
 
@@ -52,7 +51,7 @@ def rows(num_prompts: int) -> Iterator[Row]:
         for name in PRECISIONS
     }
     clips: dict[str, list[_Clip]] = {name: [] for name in PRECISIONS}
-    for i, scene in enumerate(prompts(num_prompts)):
+    for i, scene in enumerate(held_out_prompts(num_prompts)):
         run = plain.start(scene.caption(), seed=i)
         latents = plain.denoise(run)
         expected = _decode(plain, run, latents)

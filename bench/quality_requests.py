@@ -42,9 +42,6 @@ MODES = {
 }
 
 
-MOST_PROMPTS = 256
-
-
 @dataclass(frozen=True)
 class Row:
     """One mode over all prompts; `verdict` is the share of prompts read right in everything."""
@@ -91,7 +88,7 @@ def _measured(
     plain = Pipeline.load("nano", precision="fp32", device="cpu")
     pipes = {name: _open(MODES[name]) for name in modes}
     clips = []
-    for i, scene in enumerate(prompts(num_prompts)):
+    for i, scene in enumerate(held_out_prompts(num_prompts)):
         wanted = [name for name in modes if (name, i) not in known]
         if not wanted:
             continue
@@ -105,12 +102,6 @@ def _measured(
                 with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(clips[-1])) + "\n")
     return clips
-
-
-def prompts(num: int) -> list[Scene]:
-    """The first so many of all: a smaller draw would be of other prompts, and a record knows
-    prompts by their place."""
-    return held_out_prompts(MOST_PROMPTS)[:num]
 
 
 def _recorded(record: Path | None, modes: Sequence[str], num_prompts: int) -> list[Clip]:

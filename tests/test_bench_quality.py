@@ -86,10 +86,3 @@ def test_small_activations_are_another_fp8() -> None:
     plain, small = quality_requests.rows(modes, 1)
     assert plain.least_cosine != small.least_cosine and small.least_cosine > 0.99
     assert torch_quantize.LARGEST is LARGEST  # as before
-
-
-def test_fewer_prompts_are_the_first_of_all() -> None:
-    every = quality_requests.prompts(256)
-    assert len({scene.caption() for scene in every}) == 256
-    for num in (1, 32, 64):
-        assert quality_requests.prompts(num) == every[:num]

@@ -118,6 +118,8 @@ def test_every_value_is_both_trained_and_held_out(name: str) -> None:
 def test_held_out_prompts() -> None:
     prompts = language.held_out_prompts(256)
     assert prompts == language.held_out_prompts(256) != language.held_out_prompts(256, seed=1)
+    for n in (1, 32, 105):  # a record knows prompts by their place
+        assert language.held_out_prompts(n) == prompts[:n]
     assert len(set(prompts)) == 256 and all(map(language.held_out, prompts))
     with pytest.raises(UsageError, match="528"):
         language.held_out_prompts(529)

@@ -110,8 +110,8 @@ def held_out(scene: Scene) -> bool:
 
 
 def held_out_prompts(n: int, seed: int = 0) -> list[Scene]:
-    """n distinct held-out scenes, the same ones for the same seed."""
+    """n distinct held-out scenes; those of a smaller n and the same seed are the first of them."""
     scenes = [scene for scene in combinations() if held_out(scene)]
     if n > len(scenes):
         raise UsageError(f"{n} held-out prompts asked, the language has {len(scenes)}")
-    return random.Random(seed).sample(scenes, n)
+    return random.Random(seed).sample(scenes, len(scenes))[:n]
