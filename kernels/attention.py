@@ -277,8 +277,9 @@ def _peak(values: torch.dtype, in_fp16: bool, keys: int) -> float:
     """The power of two that a row's largest probability becomes."""
     if values != torch.float8_e4m3fn:
         return HEADROOM
-    in_sums = fp8_sums.LARGEST_SUM / (keys * 2**fp8_sums.VALUE_BITS)
-    return math.log2(in_sums if in_fp16 else LARGEST[values])
+    if in_fp16:
+        return math.log2(fp8_sums.LARGEST_SUM / (keys * 2**fp8_sums.VALUE_BITS))
+    return math.log2(LARGEST[values])
 
 
 def _tiles(x: Tensor, biased: bool = False) -> tuple[Tile, ...]:

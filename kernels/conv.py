@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from wanrt.kernels.arithmetic import cast, dot
+from wanrt.kernels.arithmetic import cast
 from wanrt.kernels.channel_norm import channel_norm_silu
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.layout import (
@@ -22,7 +22,7 @@ from wanrt.kernels.layout import (
     outer_strides,
     tail,
 )
-from wanrt.kernels.taps import taps_inside
+from wanrt.kernels.taps import multiply, taps_inside
 from wanrt.kernels.target import Target
 from wanrt.kernels.tile import Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
@@ -64,16 +64,6 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
     if not in_fp16:  # there it spills
         tiles.append(small._replace(stages=fewer))
     return tuple(dict.fromkeys(tiles))
-
-
-@triton.jit
-def _multiply(pixels, weight_ptr, held, acc, ACCUMULATOR: tl.constexpr):
-    """acc + pixels @ weight, `[M, K] @ [K, N]`; held None: all of the weight is there."""
-    if held is None:
-        weight = tl.load(weight_ptr)
-    else:
-        weight = tl.load(weight_ptr, held, 0.0)
-    return dot(pixels, weight, acc, ACCUMULATOR)
 
 
 @triton.jit
@@ -182,10 +172,10 @@ def _conv_kernel(
             mask = seen_by if WHOLE else seen_by & there[None, :]
             pixels = tl.load(source + past + corner, mask, 0.0)  # [M, K]
             held = None if WHOLE else there[:, None] & (channel < OUT)[None, :]
-            part = _multiply(pixels, taps_ptr + past + columns, held, part, ACCUMULATOR)
+            part = multiply(pixels, taps_ptr + past + columns, held, part, ACCUMULATOR)
             if NARROW_N > 0:
                 held = None if WHOLE else there[:, None] & (narrow < OUT)[None, :]
-                narrow_part = _multiply(
+                narrow_part = multiply(
                     pixels, taps_ptr + past + narrow_columns, held, narrow_part, ACCUMULATOR
                 )
         acc = part if ACCUMULATOR == tl.float32 else acc + part.to(tl.float32)

@@ -19,7 +19,7 @@ from wanrt.kernels.channel_norm import channel_norm_silu_quantize
 from wanrt.kernels.launch import INTERPRETER, Mma, arch_of, launch
 from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, outer_strides, tail
 from wanrt.kernels.reference_vae import QuantizedConv
-from wanrt.kernels.taps import taps_inside
+from wanrt.kernels.taps import multiply, taps_inside
 from wanrt.kernels.target import Target
 from wanrt.kernels.tile import Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
@@ -64,16 +64,6 @@ def _long(plain: Tile, channels: int, arch: int) -> Iterator[Tile]:
         tile = plain._replace(pixels=256, step=32, warps=2 * plain.warps, stages=3)
         for unroll in turns(tile, channels, 1, arch, 96):
             yield tile._replace(unroll=unroll)
-
-
-@triton.jit
-def _multiply(pixels, weight_ptr, held, acc):
-    """acc + pixels @ weight, `[M, K] @ [K, N]` of s8 in s32; held None: all of it is there."""
-    if held is None:
-        weight = tl.load(weight_ptr)
-    else:
-        weight = tl.load(weight_ptr, held, 0)
-    return tl.dot(pixels, weight, acc, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -184,10 +174,12 @@ def _conv_int8_kernel(
             mask = seen_by if WHOLE else seen_by & there[None, :]
             pixels = tl.load(source + past + corner, mask, 0)  # [M, K]
             held = None if WHOLE else there[:, None] & (channel < OUT)[None, :]
-            acc = _multiply(pixels, taps_ptr + past + columns, held, acc)
+            acc = multiply(pixels, taps_ptr + past + columns, held, acc, tl.int32)
             if NARROW_N > 0:
                 held = None if WHOLE else there[:, None] & (narrow < OUT)[None, :]
-                narrow_acc = _multiply(pixels, taps_ptr + past + narrow_columns, held, narrow_acc)
+                narrow_acc = multiply(
+                    pixels, taps_ptr + past + narrow_columns, held, narrow_acc, tl.int32
+                )
 
     place = pixel * OUT  # 32 bits do within a frame
     out_ptr += sample * stride_ob + time * stride_ot

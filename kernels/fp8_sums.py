@@ -4,7 +4,7 @@ By the data sheet of RTX 40 cards fp8 products add up in fp16 at twice their rat
 of int8. fp16 ends at 65504. So what is multiplied is kept small, and few products make a sum, such
 that none can overflow whatever the numbers are; then fp32 takes over. e4m3 has exponents to spare:
 its numbers keep three bits down to 2^-6, and what is below loses no more than int8 does everywhere.
-cuBLAS does not offer such sums. Untested on hardware.
+cuBLASLt has no such mode (NVIDIA developer forum, thread 294400). Untested on hardware.
 Source: SageAttention2++, arXiv 2505.21136.
 """
 

@@ -308,7 +308,7 @@ def _linear(
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
     one_sum = not by_group and residual is None and out_scale is None
     kind = "rotated" if hadamard else "one-sum" if one_sum else "more"
-    in_fp16 = rows.dtype == torch.float8_e4m3fn and _in_fp16(x, arch)
+    in_fp16 = _in_fp16(x, arch)
     product = Mma("e4m3", "f16") if in_fp16 else MMA[rows.dtype]
     sums = "groups" if by_group else "rows"
     key = f"linear/{str(rows.dtype).removeprefix('torch.')}/{kind}/{sums}"
@@ -362,8 +362,9 @@ def _linear(
 
 
 def _in_fp16(x: Quantized, arch: int) -> bool:
-    """Whether fp8 x is small enough for sums in fp16, on a card that gains by them."""
-    return fp8_sums.used_on(arch) and x.peak is not None and x.peak <= fp8_sums.ACTIVATION_PEAK
+    """Whether x is fp8, small enough for sums in fp16, and on a card that gains by them."""
+    small = x.peak is not None and x.peak <= fp8_sums.ACTIVATION_PEAK
+    return small and x.values.dtype == torch.float8_e4m3fn and fp8_sums.used_on(arch)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Which taps of a convolution see a pixel of the frame, and which see its zeros."""
+"""What both convolutions do for a tap: whether it sees a pixel of the frame, and its product."""
 
 import triton
 import triton.language as tl
+
+from wanrt.kernels.arithmetic import dot
 
 
 @triton.jit
@@ -18,3 +20,13 @@ def taps_inside(exists, top, left, height, width, TAPS: tl.constexpr):
             inside &= (left + dw >= 0) & (left + dw < width)
             bits |= inside.to(tl.int32) << (dh * TAPS + dw)
     return bits
+
+
+@triton.jit
+def multiply(pixels, weight_ptr, held, acc, OUT: tl.constexpr):
+    """acc + pixels @ weight, `[M, K] @ [K, N]`, added up in OUT; held None: all of it is there."""
+    if held is None:
+        weight = tl.load(weight_ptr)
+    else:
+        weight = tl.load(weight_ptr, held, 0.0)
+    return dot(pixels, weight, acc, OUT)
