@@ -59,7 +59,7 @@ class _Resources(NamedTuple):
     spilled: int
 
 
-class _Driver:
+class CompilingDriver:
     """Stands in for a card, as far as compiling asks."""
 
     def __init__(self, arch: int) -> None:
@@ -148,7 +148,7 @@ def _kind(launch: Launch) -> Any:
 
 
 def _compile_job(job: _Job) -> Row:
-    driver.set_active(_Driver(job.arch))
+    driver.set_active(CompilingDriver(job.arch))
     case = all_cases()[job.case]
     launch = launches(case, job.arch, job.dtype, {job.key: job.tile})[job.index]
     return _compile(launch, job.case, job.arch)

@@ -6,10 +6,9 @@ can hear what they would have started on a card that is not there.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -38,37 +37,45 @@ class Launch(NamedTuple):
     mma: tuple[Mma, ...]
 
 
-@dataclass
-class _Recording:
+class _StandIn(NamedTuple):
+    """What takes the place of a card: its architecture, and what kernels are handed to."""
+
     arch: int
-    launches: list[Launch] = field(default_factory=list)
+    start: Callable[[Launch], None]
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_stand_in: ContextVar[_StandIn | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def stand_in(arch: int, start: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand `start` what host functions start, as on a card of that compute capability (89: 8.9)."""
+    token = _stand_in.set(_StandIn(arch, start))
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
 
 
 @contextmanager
 def record(arch: int) -> Iterator[list[Launch]]:
-    """Collect what host functions start, as on a card of compute capability `arch` (89 for 8.9)."""
-    recording = _Recording(arch)
-    token = _recording.set(recording)
-    try:
-        yield recording.launches
-    finally:
-        _recording.reset(token)
+    """Collect what host functions start, and start nothing."""
+    launches: list[Launch] = []
+    with stand_in(arch, launches.append):
+        yield launches
 
 
 def arch_of(x: Tensor) -> int:
     """Compute capability times ten of the card that will work on x; INTERPRETER on a CPU."""
-    recording = _recording.get()
-    if recording is not None:
-        return recording.arch
+    instead = _stand_in.get()
+    if instead is not None:
+        return instead.arch
     return _capability(x.device.index) if x.device.type == "cuda" else INTERPRETER
 
 
 def card_of(x: Tensor) -> str | None:
-    """The name of the card that will work on x; None while launches are recorded."""
-    if _recording.get() is not None:
+    """The name of the card that will work on x; None where something stands in for it."""
+    if _stand_in.get() is not None:
         return None
     return _card(x.device.index) if x.device.type == "cuda" else "interpreter"
 
@@ -88,9 +95,9 @@ def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, mma: tuple[Mma, ...] = (), **options: Any
 ) -> None:
     """Start a kernel. `mma` says which tensor-core products are meant; the compile gate checks."""
-    recording = _recording.get()
-    if recording is not None:
-        recording.launches.append(Launch(kernel, grid, args, options, mma))
+    instead = _stand_in.get()
+    if instead is not None:
+        instead.start(Launch(kernel, grid, args, options, mma))
         return
     first = next(arg for arg in args if isinstance(arg, Tensor))
     if first.device.type == "meta" or isinstance(first, FakeTensor):

@@ -55,7 +55,7 @@ import torch
 from triton.runtime import driver
 from wanrt.bench import compile as gate
 from wanrt.kernels.cases import all_cases
-driver.set_active(gate._Driver(89))
+driver.set_active(gate.CompilingDriver(89))
 *_, last = gate.launches(all_cases()["attention_int8_fp8-1.3B-480p"], 89, torch.bfloat16)
 code = last.kernel.warmup(*last.args, grid=last.grid, **last.options).asm
 print(code["ttgir"], code["ptx"])
