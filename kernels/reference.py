@@ -59,16 +59,18 @@ def quantize(
     """x as int8 or fp8 (e4m3), one scale for each row, or for each `group` of its columns.
 
     scale = max|x| / M and values = round(x * (M / max|x|)), ties to even; M is 127 or 448.
-    The quotient is rounded once (a number over a tensor would be a reciprocal, then a product).
+    Quotients are rounded once, here and on every device: of a number and a tensor PyTorch makes a
+    reciprocal, then a product (a number above on a CPU, one below on CUDA).
     With `hadamard`, x is first rotated: an outlier is spread over its 128 columns.
     x [..., D] -> values [..., D], scale [..., D / group].
     """
     x = rotate(x) if hadamard else x.float()
     groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(TINY)
-    values = groups * (torch.full_like(largest, LARGEST[dtype]) / largest)
+    limit = torch.full_like(largest, LARGEST[dtype])
+    values = groups * (limit / largest)
     values = values.round() if dtype == torch.int8 else values
-    return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+    return Quantized(values.flatten(-2).to(dtype), (largest / limit).squeeze(-1))
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype, hadamard: bool = False) -> Quantized:

@@ -14,9 +14,10 @@ def quantize(
     x = rotate(x) if hadamard else x.float()
     groups = x.unflatten(-1, (-1, group or x.shape[-1]))  # [..., G, group]
     largest = torch.linalg.vector_norm(groups, torch.inf, -1, keepdim=True).clamp_min(TINY)
-    values = groups * (torch.full_like(largest, LARGEST[dtype]) / largest)
+    limit = torch.full_like(largest, LARGEST[dtype])
+    values = groups * (limit / largest)
     values = values.round_() if dtype == torch.int8 else values
-    return Quantized(values.flatten(-2).to(dtype), (largest / LARGEST[dtype]).squeeze(-1))
+    return Quantized(values.flatten(-2).to(dtype), (largest / limit).squeeze(-1))
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype, hadamard: bool = False) -> Quantized:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from wanrt.memory.card import held_bytes
+from wanrt.errors import BudgetError
+from wanrt.memory.card import held_bytes, on_card
 from wanrt.memory.meter import metered
 
 CUDA = torch.device("cuda")
@@ -37,7 +38,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
     """8 GiB, of which a desktop has 1; PyTorch reserved 300 MiB, at its peak 500."""
     nvml = FakeNvml(processes={os.getpid(): 700 * MIB, os.getpid() + 1: 1024 * MIB})
     cuda = SimpleNamespace(
-        get_device_properties=lambda device: SimpleNamespace(uuid="1234"),
+        get_device_properties=lambda device: SimpleNamespace(uuid="1234", total_memory=8188 * MIB),
         mem_get_info=lambda device: ((8192 - 1724) * MIB, 8192 * MIB),
         memory_reserved=lambda device: 300 * MIB,
         max_memory_reserved=lambda device: 500 * MIB,
@@ -72,3 +73,10 @@ def test_where_nobody_says_the_whole_card_counts(
     with metered(CUDA) as meter:
         assert meter.whole_card
         assert meter.peak == (500 + 1724 - 300) * MIB
+
+
+def test_a_budget_of_the_size_a_card_is_sold_as_is_all_it_has(card: Any) -> None:
+    assert on_card(8192 * MIB, CUDA) == 8188 * MIB
+    assert on_card(6000 * MIB, CUDA) == 6000 * MIB
+    with pytest.raises(BudgetError, match=r"--vram 9.00 GiB is more than the card's 8.00 GiB"):
+        on_card(9216 * MIB, CUDA)

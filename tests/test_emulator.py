@@ -61,8 +61,9 @@ def test_what_a_card_gets_computes_the_reference(arch: int, tmp_path: Path) -> N
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "wanrt.bench.emulated", "--noconftest"]
-    chosen = "matches_reference and (triton-bfloat16 or triton-int8 or triton-float8)"
-    command += ["--as-arch", str(arch), "-k", chosen, str(ROOT / "tests" / "test_ops.py")]
+    chosen = "matches_reference and (triton-bfloat16 or triton-int8 or triton-float8) or every_bit"
+    files = [str(ROOT / "tests" / name) for name in ("test_ops.py", "test_ops_quantized.py")]
+    command += ["--as-arch", str(arch), "-k", chosen, *files]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)

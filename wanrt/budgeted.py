@@ -12,7 +12,7 @@ from wanrt.components import Components
 from wanrt.errors import BudgetError, NumericsError
 from wanrt.kernels import registry
 from wanrt.memory.budget import enough, gib
-from wanrt.memory.card import enforce, free_bytes
+from wanrt.memory.card import enforce, free_bytes, on_card
 from wanrt.memory.placement import Machine
 from wanrt.memory.plan import Plan, make_plan, plan_for_any_text, relearned, step_down
 from wanrt.planning import CPU, Budgets, question_of
@@ -64,7 +64,7 @@ def plan_request(
         engines=components.engine_bytes,
         vae=components.dtypes.vae_format,
     )
-    vram = free_bytes(device) if budgets.vram is None else budgets.vram
+    vram = _vram_of(budgets, device)
     plan = plan_for_any_text(question, vram, components.lessons)
     rows = min(num_tokens + 1, components.spec.dit.text_len)  # the zeros behind it are one more
     if rows > plan.ask.text_rows:
@@ -72,6 +72,13 @@ def plan_request(
     if device.type == "cuda":
         enforce(vram, device)
     return plan
+
+
+def _vram_of(budgets: Budgets, device: torch.device) -> int | None:
+    """The budget asked for, as the card can keep it; where none was, what is free on it."""
+    if budgets.vram is None:
+        return free_bytes(device)
+    return on_card(budgets.vram, device) if device.type == "cuda" else budgets.vram
 
 
 def _too_long(plan: Plan, rows: int) -> str:

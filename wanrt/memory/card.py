@@ -9,6 +9,7 @@ from wanrt.errors import BudgetError
 from wanrt.memory.budget import FIXED, GIB, gib
 
 MARGIN = GIB // 4  # of the free memory, left to others where no budget is named
+_UNDERSIZED = 0.03  # what a card may lack of the size that it is sold as
 
 
 def free_bytes(device: torch.device) -> int:
@@ -51,15 +52,24 @@ def driver_release() -> str | None:
     return found.decode() if isinstance(found, bytes) else found  # bytes: old releases
 
 
+def on_card(budget: int, device: torch.device) -> int:
+    """A budget as the card can keep it, in bytes.
+
+    Cards have a little less than they are sold as: a 12 GB one 12282 MiB, and 12G means all of it.
+    Raises BudgetError for more than that.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    if budget * (1 - _UNDERSIZED) > total:
+        raise BudgetError(f"--vram {gib(budget)} is more than the card's {gib(total)}")
+    return min(budget, total)
+
+
 def enforce(budget: int, device: torch.device) -> None:
     """From here on PyTorch's allocator refuses to hold more than the budget on this device.
 
-    Segments grow page by page, so that what is reserved follows what is planned. Raises BudgetError
-    where the budget is more than the card has.
+    Segments grow page by page, so that what is reserved follows what is planned.
     """
     total = torch.cuda.get_device_properties(device).total_memory
-    if budget > total:
-        raise BudgetError(f"--vram {gib(budget)} is more than the card's {gib(total)}")
     _grow_by_pages()
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction((budget - FIXED) / total, index)
