@@ -1,6 +1,7 @@
 """The kernels that a card gets, tested without any card: a pytest plugin.
 
-    python3 -m pytest -p wanrt.bench.emulated --as-arch 89 --noconftest tests/test_ops.py -k matches_reference
+    python3 -m pytest -p wanrt.bench.emulated --as-arch 89 --noconftest tests/test_ops.py \
+        -k matches_reference
 
 Triton compiles as for that card; what it made, its PTX, runs in NumPy on tensors of the CPU
 (`emulator/`). So what is tested is all that stands between a kernel's Python and a card's driver:

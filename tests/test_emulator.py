@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanrt.bench.emulator import rounding
 from wanrt.bench.emulator.instructions import load
-from wanrt.bench.emulator.machine import run
+from wanrt.bench.emulator.machine import Work, run
 from wanrt.bench.emulator.memory import GlobalMemory
 from wanrt.bench.emulator.program import EmulatorError
 
@@ -46,7 +46,8 @@ def emulate(body: str, result: Tensor, number: int = 0, blocks: int = 1) -> Tens
     """64 threads; %rd1 is the result's address, %rd3 each thread's 32-bit word of it."""
     program, steps = load(f"{HEAD}{body}\n\tret;\n}}\n")
     values = {"p0": struct.pack("Q", result.data_ptr()), "p1": struct.pack("i", number)}
-    run(program, steps, (blocks, 1, 1), 64, values, GlobalMemory([result]), 4096)
+    work = Work((blocks, 1, 1), 64, 4096, values, GlobalMemory([result]))
+    run(program, steps, work)
     return result
 
 

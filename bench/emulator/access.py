@@ -44,8 +44,10 @@ def _load(instruction: Instruction) -> Step:
     names, address = _registers(instruction.operands[0]), address_of(instruction.operands[1], space)
 
     def step(machine: Machine) -> None:
-        memory = machine.shared if space == "shared" else machine.memory
-        loaded = memory.load(machine.here(address(machine)), dtype.itemsize, len(names))
+        memory = machine.shared if space == "shared" else machine.work.memory
+        places = address(machine)
+        machine.see(space, places, dtype.itemsize * len(names))
+        loaded = memory.load(machine.here(places), dtype.itemsize, len(names))
         for name, values in zip(names, loaded.view(dtype), strict=True):
             machine.write(name, _spread(machine, _widened(machine, name, values)))
 
@@ -58,7 +60,7 @@ def _load_parameter(instruction: Instruction) -> Step:
     assert isinstance(address, Address)
 
     def step(machine: Machine) -> None:
-        stored = machine.parameters[address.base]
+        stored = machine.work.parameters[address.base]
         value = np.frombuffer(stored, dtype, 1, address.offset)[0]
         bits = machine.width(name)
         wide = np.array(value).astype(f"{dtype.kind}{bits // 8}") if dtype.kind in "iu" else value
@@ -91,10 +93,11 @@ def _store(instruction: Instruction) -> Step:
     sources = [source(name, unsigned) for name in _registers(instruction.operands[1])]
 
     def step(machine: Machine) -> None:
-        memory = machine.shared if space == "shared" else machine.memory
+        memory = machine.shared if space == "shared" else machine.work.memory
         values = [np.broadcast_to(s(machine), (machine.lanes,)) for s in sources]
-        places = machine.here(np.broadcast_to(address(machine), (machine.lanes,)))
-        memory.store(places, dtype.itemsize, machine.here(np.stack(values)))
+        places = address(machine)
+        machine.see(space, places, dtype.itemsize * len(sources))
+        memory.store(machine.here(places), dtype.itemsize, machine.here(np.stack(values)))
 
     return step
 
@@ -117,13 +120,16 @@ def _copy(instruction: Instruction) -> Step:
     given = source(rest[0] if rest else str(whole), DTYPES["u32"])
 
     def step(machine: Machine) -> None:
+        sizes = np.broadcast_to(given(machine), (machine.lanes,))
+        machine.see("shared", to(machine), whole)
+        machine.see("global", from_(machine), whole, sizes == whole)
         places, addresses = (machine.here(x(machine)) for x in (to, from_))
-        sizes = machine.here(np.broadcast_to(given(machine), (machine.lanes,)))
+        sizes = machine.here(sizes)
         words = np.zeros((whole // 4, places.size), np.uint32)  # what is not given is zero
         full = sizes == whole
         if (~full & (sizes != 0)).any():
             raise EmulatorError("copies of a part are not emulated")
-        words[:, full] = machine.memory.load(addresses[full], 4, whole // 4)
+        words[:, full] = machine.work.memory.load(addresses[full], 4, whole // 4)
         machine.copies.append(lambda later: later.shared.store(places, 4, words))
 
     return step

@@ -1,7 +1,7 @@
 """A recorded launch, compiled for a card and run on the CPU."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,17 +9,23 @@ from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 
 from wanrt.bench.emulator.instructions import load
-from wanrt.bench.emulator.machine import WARP, run
+from wanrt.bench.emulator.machine import WARP, Work, run
 from wanrt.bench.emulator.memory import GlobalMemory
+from wanrt.bench.emulator.traffic import Traffic
 from wanrt.kernels.launch import Launch
 
 _FORMATS = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i",
             "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
 
 
-def execute(launch: Launch) -> None:
-    """Compile for the active driver's target, then run every thread block on the launch's tensors.
+def execute(
+    launch: Launch,
+    choose: Callable[[int], range] | None = None,
+    traffic: Traffic | None = None,
+) -> None:
+    """Compile for the active driver's target, then run thread blocks on the launch's tensors.
 
+    `choose` says which, of so many; without it all run. `traffic` takes down their accesses.
     Raises EmulatorError where the kernel leaves its tensors or its shared memory.
     """
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
@@ -29,15 +35,14 @@ def execute(launch: Launch) -> None:
     grid = (*launch.grid, 1, 1)[:3]
     metadata = compiled.metadata
     tensors = [x for x in _flat(launch.args) if isinstance(x, Tensor)]
-    run(
-        program,
-        steps,
+    work = Work(
         (int(grid[0]), int(grid[1]), int(grid[2])),
         metadata.num_warps * WARP,
+        metadata.shared,
         dict(zip(program.parameters, values, strict=True)),
         GlobalMemory(tensors),
-        metadata.shared,
     )
+    run(program, steps, work, choose(work.blocks) if choose else None, traffic)
 
 
 def _arguments(launch: Launch, compiled: CompiledKernel) -> Iterator[bytes]:

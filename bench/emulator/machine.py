@@ -11,12 +11,29 @@ import numpy as np
 
 from wanrt.bench.emulator.memory import Array, GlobalMemory, Space, shared_memory
 from wanrt.bench.emulator.program import EmulatorError, Instruction, Program
+from wanrt.bench.emulator.traffic import Traffic
 
 WARP = 32
 _DIGITS = "0123456789"
 _WORDS = {1: bool, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_ALIGNED = 128  # bytes: all banks once
 _LANES = 4096  # at once: below that Python's own time counts for more than NumPy's
 Step = Callable[["Machine"], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch: thread blocks along x, y and z, threads and shared bytes of each, its arguments."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_size: int
+    parameters: dict[str, bytes]
+    memory: GlobalMemory
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @dataclass
@@ -24,18 +41,24 @@ class Machine:
     """The state of the thread blocks that run at once."""
 
     program: Program
-    grid: tuple[int, int, int]
-    threads: int  # of one thread block
-    first: int  # the number of the first thread block
-    blocks: int  # how many run
-    parameters: dict[str, bytes]
-    memory: GlobalMemory
+    work: Work
+    numbers: range  # of these thread blocks
     shared: Space
-    shared_size: int  # bytes of one thread block
+    shared_stride: int  # bytes from one thread block's to the next
+    traffic: Traffic | None = None
+    taking: Instruction | None = None
     registers: dict[str, Array] = field(default_factory=dict)
     active: Array | None = None  # lanes that take the next instruction; None for all
     copies: list[Step] = field(default_factory=list)  # cp.async since the last group was closed
     groups: list[list[Step]] = field(default_factory=list)  # cp.async not waited for
+
+    @property
+    def blocks(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def threads(self) -> int:
+        return self.work.threads
 
     @property
     def lanes(self) -> int:
@@ -67,9 +90,17 @@ class Machine:
         values = np.broadcast_to(values, (*values.shape[:-1], self.lanes))
         return values if self.active is None else values[..., self.active]
 
+    def see(self, space: str, addresses: Array, size: int, among: Array | None = None) -> None:
+        """Each lane reaches for so many bytes, or those `among` the active ones that do."""
+        if self.traffic is None or self.taking is None:
+            return
+        active = self.active if among is None else among & (self.active is None or self.active)
+        places = np.broadcast_to(addresses, (self.lanes,))
+        self.traffic.see(space, self.taking, places, size, active)
+
     def place_of_block(self) -> Array:
         """Where in shared memory each lane's block begins."""
-        return np.repeat(np.arange(self.blocks) * self.shared_size, self.threads)
+        return np.repeat(np.arange(self.blocks) * self.shared_stride, self.threads)
 
     def thread(self) -> Array:
         """Each lane's number within its thread block."""
@@ -77,27 +108,29 @@ class Machine:
 
     def block(self) -> tuple[Array, Array, Array]:
         """Each lane's thread block, as x, y and z."""
-        number = self.first + np.repeat(np.arange(self.blocks, dtype=np.uint32), self.threads)
-        x, y, _ = self.grid
+        number = np.repeat(np.array(self.numbers, np.uint32), self.threads)
+        x, y, _ = self.work.grid
         return number % x, number // x % y, number // (x * y)
 
 
 def run(
     program: Program,
     steps: Sequence[Sequence[Step]],
-    grid: tuple[int, int, int],
-    threads: int,
-    parameters: dict[str, bytes],
-    memory: GlobalMemory,
-    shared_size: int,
+    work: Work,
+    numbers: range | None = None,
+    traffic: Traffic | None = None,
 ) -> None:
-    """Every thread block of a launch. Raises EmulatorError with the instruction at fault."""
-    total, stride = grid[0] * grid[1] * grid[2], -(-shared_size // 128) * 128
-    at_once = max(1, _LANES // threads)
-    for first in range(0, total, at_once):
-        blocks = min(at_once, total - first)
-        shared = shared_memory(blocks, stride)
-        machine = Machine(program, grid, threads, first, blocks, parameters, memory, shared, stride)
+    """Thread blocks of a launch, all or those of these numbers; `traffic` notes what they access.
+
+    Raises EmulatorError with the instruction at fault.
+    """
+    numbers = range(work.blocks) if numbers is None else numbers
+    stride = -(-work.shared_size // _ALIGNED) * _ALIGNED
+    at_once = max(1, _LANES // work.threads)
+    for first in range(0, len(numbers), at_once):
+        these = numbers[first : first + at_once]
+        shared = shared_memory(len(these), stride)
+        machine = Machine(program, work, these, shared, stride, traffic)
         with np.errstate(all="ignore"):
             _run_blocks(machine, steps)
 
@@ -122,18 +155,27 @@ def _take(machine: Machine, instruction: Instruction, step: Step, here: Array) -
     if instruction.opcode[0] in ("bra", "ret"):
         return
     together = machine.active
+    machine.taking = instruction
     try:
         if instruction.guard is not None:
             allowed = _guard(machine, instruction) & here
             if not allowed.any():
                 return
             machine.active = None if allowed.all() else allowed
+        if machine.traffic is not None:
+            machine.traffic.take(instruction, _warps(machine))
         step(machine)
     except EmulatorError as error:
         at = f"{machine.program.name}, {instruction.source}"
         raise EmulatorError(f"{at}: {error}: {instruction.text}") from error
     finally:
         machine.active = together
+
+
+def _warps(machine: Machine) -> int:
+    if machine.active is None:
+        return machine.lanes // WARP
+    return int(machine.active.reshape(-1, WARP).any(1).sum())
 
 
 def _guard(machine: Machine, instruction: Instruction) -> Array:

@@ -58,7 +58,7 @@ _SPECIAL: dict[str, Source] = {
     "%ntid.x": lambda machine: np.array(machine.threads),
     **{f"%ctaid.{axis}": lambda machine, i=i: machine.block()[i] for i, axis in enumerate("xyz")},
     **{
-        f"%nctaid.{axis}": lambda machine, i=i: np.array(machine.grid[i])
+        f"%nctaid.{axis}": lambda machine, i=i: np.array(machine.work.grid[i])
         for i, axis in enumerate("xyz")
     },
 }

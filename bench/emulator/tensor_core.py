@@ -29,6 +29,7 @@ def _load_matrix(instruction: Instruction) -> Step:
     def step(machine: Machine) -> None:
         whole_warps(machine)
         rows = _rows(machine, address(machine), len(names))  # [warps * matrices * 8]
+        _see_rows(machine, address(machine), len(names))
         words = machine.shared.load(rows, 4, _ROW // 4).T
         halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, len(names), 8, 8)
         if transposed:
@@ -49,6 +50,7 @@ def _store_matrix(instruction: Instruction) -> Step:
     def step(machine: Machine) -> None:
         whole_warps(machine)
         rows = _rows(machine, address(machine), len(names))
+        _see_rows(machine, address(machine), len(names))
         values = [_by_warp(machine, s(machine)).reshape(-1, 8, 4) for s in sources]
         halves = np.stack(values, 1).view(np.uint16)  # [warps, matrices, 8, 8]
         if transposed:
@@ -60,6 +62,10 @@ def _store_matrix(instruction: Instruction) -> Step:
 
 def _rows(machine: Machine, addresses: Array, matrices: int) -> Array:
     return _by_warp(machine, addresses)[:, : 8 * matrices].reshape(-1)
+
+
+def _see_rows(machine: Machine, addresses: Array, matrices: int) -> None:
+    machine.see("shared", addresses, _ROW, np.arange(machine.lanes) % WARP < 8 * matrices)
 
 
 def _by_warp(machine: Machine, values: Array) -> Array:
