@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wanrt.bench import chain, gpu, model, true_shapes, vram
-from wanrt.errors import NumericsError, UsageError
+from wanrt.errors import NumericsError, UsageError, WanrtError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,10 +125,54 @@ def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(gpu.run(["ops", "chain", "vae", "tune"], "", until)) == [
         {"bench": "ops", "case": 1},
         {"bench": "chain"},
-        {"bench": "chain", "failed": 1, "note": "bad address"},
+        {"bench": "chain", "broken": True, "note": "bad address"},
         {"bench": "vae"},
         {"bench": "vae", "note": "not finished within 2 s"},
         {"bench": "tune", "note": "not run: out of time (--only tune)"},
     ]
     with pytest.raises(UsageError, match="no slice 'speed'; choose of compile, tests, ops,"):
         gpu.main("ops,speed", "", None)
+
+
+GRANDCHILD = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print('{"bench": "vae", "pid": %d}' % child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; Windows has no such groups")
+@pytest.mark.parametrize("reads", [1, 2])
+def test_a_slice_ends_with_all_that_it_started(reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time is over, and where its reader stops: a worker holds its output open."""
+    monkeypatch.setattr(gpu, "_command", lambda *_: [sys.executable, "-c", GRANDCHILD])
+    begin, lines = time.monotonic(), gpu._child("vae", 2.0, "")
+    found = [next(lines) for _ in range(reads)]
+    lines.close()
+    assert time.monotonic() - begin < 30
+    assert found[1:] == [{"bench": "vae", "note": "not finished within 2 s"}][: reads - 1]
+    stat = Path(f"/proc/{found[0]['pid']}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # gone, or waiting for its parent to hear of it
+        time.sleep(0.05)
+    raise AssertionError("the grandchild lives")
+
+
+def test_what_failed_is_named_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A slice that breaks is no op test; failed op tests are told first."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "a card")
+    broken = {"bench": "chain", "broken": True, "note": "out of memory"}
+    lines = [{"bench": "tests", "passed": 3, "failed": 0}, broken]
+    monkeypatch.setattr(gpu, "run", lambda *_: iter(lines))
+    with pytest.raises(WanrtError, match="ended with an error, by .*: chain") as caught:
+        gpu.main("", "", tmp_path / "out.jsonl")
+    assert not isinstance(caught.value, NumericsError)
+    lines[0]["failed"] = 2
+    with pytest.raises(NumericsError, match="2 op tests failed on a card"):
+        gpu.main("", "", tmp_path / "out.jsonl")
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
