@@ -1,6 +1,6 @@
 """What PyTorch computes of a case, and how near another result comes: before anything is timed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,10 +63,15 @@ def parts(inputs: Any) -> Iterator[Tensor]:
 
 
 def cosine(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Of the first tensors, piece by piece in fp64: they may be gigabytes."""
-    dot = left = right = 0.0
+    """Of the first tensors, which may be gigabytes."""
     pieces = (x[0].flatten().split(1 << 24) for x in (actual, expected))
-    for a, b in zip(*pieces, strict=True):
-        a, b = a.double(), b.double()
+    return cosine_of_pieces(zip(*pieces, strict=True))
+
+
+def cosine_of_pieces(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of two tensors that come in pieces, each of which is fp64 for a moment."""
+    dot = left = right = 0.0
+    for pair in pairs:
+        a, b = (x.flatten().double() for x in pair)
         dot, left, right = dot + (a @ b).item(), left + (a @ a).item(), right + (b @ b).item()
     return dot / (left * right) ** 0.5 if left and right else float(left == right)

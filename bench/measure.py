@@ -57,7 +57,7 @@ def _commit() -> str:
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
 
-_WARM_UP, _REPEATS = 3, 15
+_WARM_UP, _REPEATS = {"cuda": 3, "cpu": 1}, 15
 _LONG = 0.3  # seconds, from which four runs must do
 _FLUSHED = 256 << 20  # bytes: several times the L2 of any card
 _HEAD_START = 2_000_000  # cycles, about 1 ms, in which Python queues what is timed
@@ -79,10 +79,10 @@ def time_alternating(
 ) -> dict[str, float]:
     """Median seconds of each kernel or block, taking turns, by the device's clock.
 
-    repeats: else 15 after 3 to warm up, or 3 after 1 where the first takes longer than 0.3 s.
+    repeats: else 15, or 3 where the first takes longer than 0.3 s.
     """
     clock = _DeviceClock() if device == "cuda" else partial(_on_the_wall, device)
-    turns = {name: _Turns(_WARM_UP, repeats or _REPEATS) for name in runs}
+    turns = {name: _Turns(_WARM_UP[device], repeats or _REPEATS) for name in runs}
     if repeats is None:
         turns |= {name: _Turns(0, 3) for name, run in runs.items() if clock(run) > _LONG}
     return _medians(runs, turns, clock)

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from wanrt.bench import chain, gpu, model, true_shapes, vram
+from wanrt.bench import chain, chain_ways, gpu, model, true_shapes, vram
 from wanrt.errors import NumericsError, UsageError, WanrtError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +110,28 @@ def test_blocks_of_the_decoder_beside_their_rivals(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(chain.MIN_COSINE, "int8", 1.1)
     found = [row for row in chain.rows("cpu", 32, 16, 1) if row.name == "int8"]
     assert all(row.seconds is None and row.cosine > 0.995 for row in found)
+
+
+def test_a_stage_without_memory_is_a_row_and_ends_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference of three stages finds none, in the last one way of four."""
+    reference = chain_ways.reference
+
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def last_alone(case: chain_ways.Case) -> Tensor:
+        return reference(case) if case.x.shape[1] == 96 else full()
+
+    monkeypatch.setattr(chain_ways, "reference", last_alone)
+    monkeypatch.setattr(chain_ways, "_int8_run", full)
+    *failed, int8, bf16, cudnn, diffusers = chain.rows("cpu", 16, 8, 1)
+    assert [row.stage for row in failed] == [0, 1, 2]
+    note = "not measured: CUDA out of memory."
+    assert {row.note for row in (*failed, int8)} == {note} and int8.name == "int8"
+    assert bf16.name == "bf16" and cudnn.over_cudnn == 1 and diffusers.seconds > 0
+    assert chain._line(int8).endswith(note) and "TFLOP/s" in chain._line(bf16)
 
 
 def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,8 +137,8 @@ def test_no_file_is_asked_for_while_launches_are_recorded(folder: Path) -> None:
 def test_the_gate_compiles_every_tile_once() -> None:
     from wanrt.bench import compile as gate
 
-    tiles = {(job.key, job.tile) for job in gate._jobs([89], "causal_conv3d-96-one", True)}
-    assert len(tiles) == 5 and len(gate._jobs([89], "causal_conv3d-96-one")) == 2
+    tiles = {(job.key, job.tile) for job in gate.jobs([89], "causal_conv3d-96-one", True)}
+    assert len(tiles) == 5 and len(gate.jobs([89], "causal_conv3d-96-one")) == 2
 
 
 def test_questions_come_from_shapes_alone_and_what_matters_first(
