@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +32,7 @@ CONSUMER = 89  # the compute capability of an RTX 4070
 _VAE_SIZE = (60, 104)  # latents of 480x832
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,28 @@ def compiled(asked: Asked) -> Iterator[Record]:
     """
     start, arch = time.monotonic(), _known_arch()
     with gate.pool() as executor:
-        rows = list(executor.map(gate.compile_job, gate.jobs([arch], asked.cases)))
+        jobs = gate.jobs([arch], asked.cases)
+        rows = list(_in_time(executor.map(gate.compile_job, jobs, timeout=asked.left)))
         wrong = [f"{row.kernel} ({row.case}): {fault}" for row in rows for fault in row.faults]
-        yield {"as": arch, "kernels": len(rows), "faults": wrong, "seconds": _since(start)}
+        about = {"as": arch, "kernels": len(rows), "left": len(jobs) - len(rows), "faults": wrong}
+        yield about | {"seconds": _since(start)}
         for each in dict.fromkeys((arch, CONSUMER)):
             jobs = gate.jobs([each], asked.cases, size="small")
-            done = list(executor.map(gate.warm_job, jobs))
-            about = {"as": each, "kernels of tests": len(done), "not compiled": done.count(False)}
-            yield about | {"seconds": _since(start)}
+            yield {"as": each, "of": "tests"} | _warmed(executor, jobs, asked.left)
+
+
+def _warmed(executor: Executor, jobs: list[gate.Job], seconds: float) -> Record:
+    """Compile into Triton's cache, on all cores, for no longer than this."""
+    start = time.monotonic()
+    done = list(_in_time(executor.map(gate.warm_job, jobs, timeout=max(0.0, seconds))))
+    about = {"kernels": len(done), "left": len(jobs) - len(done), "not compiled": done.count(False)}
+    return about | {"seconds": _since(start)}
+
+
+def _in_time(results: Iterator[T]) -> Iterator[T]:
+    """Those of a pool that come before its time is over; it drops the others."""
+    with suppress(TimeoutError):
+        yield from results
 
 
 def tested(asked: Asked) -> Iterator[Record]:
@@ -149,11 +166,10 @@ def requested(asked: Asked) -> Iterator[Record]:
 
 def tuned(asked: Asked) -> Iterator[Record]:
     """Winners as `kernels/tuned/` takes them, beside the result: who wants them copies the file."""
-    start, card = time.monotonic(), torch.cuda.get_device_name()
-    with gate.pool() as executor:
+    card = torch.cuda.get_device_name()
+    with gate.pool() as executor:  # so that no question waits for its tiles
         jobs = gate.jobs([_known_arch()], asked.cases, candidates=True)
-        done = list(executor.map(gate.warm_job, jobs))
-    yield {"kernels": len(done), "not compiled": done.count(False), "seconds": _since(start)}
+        yield {"of": "tiles"} | _warmed(executor, jobs, asked.left / 2)
     wanted, answers = tune.questions(asked.cases), []
     for question in wanted:
         if asked.left < 0:

@@ -4,14 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from wanrt.bench import chain, chain_ways, gpu, model, true_shapes, vram
+from wanrt.bench import chain, chain_ways, gpu, gpu_slices, model, true_shapes, tune, vram
+from wanrt.bench import compile as gate
 from wanrt.errors import NumericsError, UsageError, WanrtError
+from wanrt.kernels.cases import all_cases
+from wanrt.kernels.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,6 +137,90 @@ def test_a_stage_without_memory_is_a_row_and_ends_no_other(
     assert {row.note for row in (*failed, int8)} == {note} and int8.name == "int8"
     assert bf16.name == "bf16" and cudnn.over_cudnn == 1 and diffusers.seconds > 0
     assert chain._line(int8).endswith(note) and "TFLOP/s" in chain._line(bf16)
+
+
+def test_ours_is_decoded_where_no_peer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where a peer fails; one that is absent has its row."""
+    asked = gpu_slices.Asked("", time.monotonic() + 60)
+
+    def measure(device: str, peer: str | None, *_: object) -> dict[str, float]:
+        if peer:
+            raise NumericsError("relative error 2 is over 0.06")
+        return {"wanrt_s": 1.0}
+
+    monkeypatch.setattr(gpu_slices.vae, "measure", measure)
+    monkeypatch.setattr(gpu_slices.peers, "absent", lambda p: "absent" if p == "fastvae" else None)
+    ours, diffusers, fastvae = gpu_slices.decoded(asked)
+    assert ours["peer"] is None and ours["wanrt_s"] == 1
+    assert diffusers["note"] == "not measured: relative error 2 is over 0.06"
+    assert fastvae["note"] == "absent"
+
+
+Threads = partial(ThreadPoolExecutor, 1)
+
+
+def test_the_tuners_slice_goes_on_where_a_key_has_no_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One key is answered, no tile of the next is right, for the third there is no time."""
+    asked = gpu_slices.Asked("", time.monotonic() + 60)
+    case = all_cases()["causal_conv3d-96"]
+    questions = [tune.Question(k, [(1,), (2,)], case, torch.bfloat16) for k in "abc"]
+
+    def answer(question: tune.Question, *_: object) -> tune.Answer:
+        if question.key == "b":
+            object.__setattr__(asked, "until", 0.0)
+            raise NumericsError("b: no tile is right")
+        return tune.Answer(question, {(2,): 1.0, (1,): 2.0}, ("(3,): out of resource",))
+
+    monkeypatch.setattr(gpu_slices.torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(gpu_slices.gate, "pool", Threads)
+    monkeypatch.setattr(gpu_slices.gate, "jobs", lambda *_, **__: [1, 0, 1])
+    monkeypatch.setattr(gpu_slices.gate, "warm_job", bool)
+    monkeypatch.setattr(gpu_slices.tune, "questions", lambda cases: questions)
+    monkeypatch.setattr(gpu_slices.tune, "answer", answer)
+    monkeypatch.setattr(gpu_slices.tune, "write", lambda *args: None)
+    compiled, first, second, third = gpu_slices.tuned(asked)
+    assert compiled.items() >= {"kernels": 3, "left": 0, "not compiled": 1}.items()
+    assert first["key"] == "a" and first["tiles"][0] == {"tile": (2,), "seconds": 1.0}
+    assert first["default"] == (1,) and "out of resource" in first["faults"][0]
+    assert second == {"key": "b", "note": "no answer: b: no tile is right"}
+    assert third == {"key": "c", "note": "not asked: out of time"}
+
+
+def test_compiling_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is told, and how much is left; the tests' kernels come after the models'."""
+
+    def slow(job: float) -> gate.Row:
+        time.sleep(job)
+        return gate.Row("norm", "a", 90, 4, 9, 8, 0, (), None, ("spills 8 bytes",))
+
+    def jobs(archs: list[int], only: str, size: str = "wan") -> list[float]:
+        return [0.0, 0.0, 3.0, 0.0] if size == "wan" else [0.0] * archs[0]
+
+    monkeypatch.setattr(gpu_slices.gate, "pool", Threads)
+    monkeypatch.setattr(gpu_slices.gate, "jobs", jobs)
+    monkeypatch.setattr(gpu_slices.gate, "compile_job", slow)
+    monkeypatch.setattr(gpu_slices.gate, "warm_job", lambda job: True)
+    monkeypatch.setattr(gpu_slices.registry, "here", lambda: Target("cuda", 90, torch.bfloat16))
+    asked = gpu_slices.Asked("", time.monotonic() + 1)
+    cut, *_ = gpu_slices.compiled(asked)
+    assert (cut["kernels"], cut["left"]) == (2, 2)
+    assert cut["faults"] == ["norm (a): spills 8 bytes"] * 2
+    monkeypatch.setattr(gpu_slices.gate, "compile_job", lambda job: slow(0))
+    whole, own, consumers = gpu_slices.compiled(gpu_slices.Asked("", time.monotonic() + 60))
+    assert whole["left"] == 0 and (own["as"], own["kernels"]) == (90, 90)
+    assert (consumers["as"], consumers["kernels"], consumers["left"]) == (89, 89, 0)
+
+
+def test_ops_without_time_have_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_slices.ops, "ceilings", dict)
+    rows = list(gpu_slices.measured(gpu_slices.Asked("rms_norm_rope", time.monotonic() - 1)))
+    late = [row for row in rows if row.get("note") == "not measured: out of time"]
+    assert {(row["case"], row["dtype"]) for row in late} == {
+        ("rms_norm_rope-1536x32760", "bfloat16"),
+        ("rms_norm_rope-5120x32760", "bfloat16"),
+    }
 
 
 def test_slices_run_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

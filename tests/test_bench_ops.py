@@ -258,3 +258,22 @@ def test_an_absent_peer_is_a_reported_row(
     out = capsys.readouterr().out
     assert "fastvae: absent (make peers): needs fastvae, diffusers" in out and "wanrt" in out
     assert "ratio" not in out
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_without_a_peer_ours_is_checked_against_the_reference(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = vae.make_decoder
+
+    def made(who: str, name: str, device: str) -> Callable[[Tensor], Tensor]:
+        decode = make(who, name, device)
+        return decode if who == "reference" else lambda latents: factor * decode(latents)
+
+    monkeypatch.setattr(vae, "make_decoder", made)
+    monkeypatch.setattr(vae, "_peak_in_child", lambda *_: 1.0)
+    if factor != 1:
+        with pytest.raises(NumericsError, match="nothing was timed"):
+            vae.measure("cpu", None, "fp32", (2, 2), 1)
+        return
+    assert 0 < vae.measure("cpu", None, "fp32", (2, 2), 1)["error"] < 1e-4
