@@ -82,5 +82,19 @@ def test_the_test_in_which_a_process_dies_is_named(
     ]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot interrupt another process")
+def test_a_process_that_hears_nothing_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that waits for a kernel which never ends."""
+    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(gpu_tests, "_GRACE", 1.0)
+    deaf = "__import__('signal').signal(2, __import__('signal').SIG_IGN)"
+    hangs = f"\ndef test_hangs():\n    {deaf}\n    __import__('time').sleep(100)\n"
+    found = run(QUICK + hangs, 8, tmp_path)
+    assert (found["passed"], found["failed"], found["left"]) == (9, 3, 1)
+    assert found["named"] == ["ERROR a process ended with -9, in tests/test_ops.py::test_hangs"]
+
+
 def test_without_a_checkout_there_are_none(tmp_path: Path) -> None:
     assert "in the checkout" in gpu_tests.run("", 0, root=tmp_path)["note"]
