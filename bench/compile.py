@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from wanrt.bench.measure import faults, reason
 from wanrt.bench.sass import TOOLS, Loop, busiest_loop
 from wanrt.errors import WanrtError
 from wanrt.kernels import registry, winners
@@ -88,14 +89,18 @@ def compile_all(
 
     `candidates`: with every tile that the kernels list, not only with the first.
     """
+    with pool(workers) as executor:
+        return list(executor.map(compile_job, jobs(archs, only, candidates)))
+
+
+def pool(workers: int | None = None) -> ProcessPoolExecutor:
+    """Processes that compile, as many as there are cores. Raises WanrtError in the interpreter."""
     if INTERPRETING:
         raise WanrtError("TRITON_INTERPRET is set; unset it to compile kernels")
-    jobs = _jobs(archs, only, candidates)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile_job, jobs))
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """The `index`-th launch of a case, where the kernel that picks under `key` runs `tile`."""
 
     case: str
@@ -106,19 +111,19 @@ class _Job(NamedTuple):
     tile: tuple[int, ...] = ()
 
 
-def _jobs(archs: Sequence[int], only: str, candidates: bool = False) -> list[_Job]:
+def jobs(archs: Sequence[int], only: str, candidates: bool = False, size: str = "wan") -> list[Job]:
     """One job for all launches that compile to the same code: those of the first case."""
-    jobs: dict[Any, _Job] = {}
+    found: dict[Any, Job] = {}
     for name, case in all_cases().items():
-        if case.size != "wan" or only not in name:
+        if case.size != size or only not in name:
             continue
         for arch in archs:
             for dtype in case.dtypes:
                 for key, tile in _choices(case, arch, dtype, candidates):
                     for i, launch in enumerate(launches(case, arch, dtype, {key: tile})):
                         kind = (arch, launch.kernel.fn.__qualname__, launch.mma, _kind(launch))
-                        jobs.setdefault(kind, _Job(name, arch, dtype, i, key, tile))
-    return list(jobs.values())
+                        found.setdefault(kind, Job(name, arch, dtype, i, key, tile))
+    return list(found.values())
 
 
 def _choices(
@@ -133,11 +138,14 @@ def _choices(
 
 
 def _kind(launch: Launch) -> Any:
-    """What Triton specialises code for: types, and of whole numbers if 1 or a multiple of 16."""
+    """What Triton specialises code for: types, and of whole numbers if 1 or a multiple of 16.
+
+    Of a tensor, whether its first element lies at one; a view on the meta device says that, too.
+    """
 
     def kind(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
-            return x.dtype
+            return x.dtype, x.data_ptr() % 16 == 0
         if isinstance(x, tuple):
             return tuple(map(kind, x))
         if isinstance(x, bool) or not isinstance(x, int):
@@ -147,11 +155,30 @@ def _kind(launch: Launch) -> Any:
     return kind(launch.args), tuple(sorted((k, str(v)) for k, v in launch.options.items()))
 
 
-def _compile_job(job: _Job) -> Row:
+def compile_job(job: Job) -> Row:
+    """What one launch compiles to; a fault where it does not."""
+    launch = _launch(job)
+    try:
+        return _compile(launch, job.case, job.arch)
+    except faults() as error:
+        name, fault = launch.kernel.fn.__name__, f"does not compile: {reason(error)}"
+        return Row(name.strip("_"), job.case, job.arch, 0, 0, 0, 0, (), None, (fault,))
+
+
+def warm_job(job: Job) -> bool:
+    """Whether one launch compiles. Its code is in Triton's cache on disk, where a run finds it."""
+    launch = _launch(job)
+    try:
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    except faults():
+        return False
+    return True
+
+
+def _launch(job: Job) -> Launch:
     driver.set_active(CompilingDriver(job.arch))
-    case = all_cases()[job.case]
-    launch = launches(case, job.arch, job.dtype, {job.key: job.tile})[job.index]
-    return _compile(launch, job.case, job.arch)
+    tiles = {job.key: job.tile}
+    return launches(all_cases()[job.case], job.arch, job.dtype, tiles)[job.index]
 
 
 def launches(

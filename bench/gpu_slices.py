@@ -7,34 +7,32 @@ with its slice.
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from wanrt.bench import chain, model, ops, peers, tune, vae
+from wanrt.bench import chain, gpu_tests, model, ops, peers, tune, vae
 from wanrt.bench import compile as gate
+from wanrt.bench.measure import faults, reason, time_alternating
 from wanrt.bench.rivals import absent
 from wanrt.errors import NumericsError
 from wanrt.kernels import registry
-from wanrt.kernels.cases import all_cases
 from wanrt.kernels.winners import slug
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS = gpu_tests.ROOT / "bench" / "results"
 E2E = ("bench", "e2e", "--model", "wan2.1-t2v-1.3b", "--device", "cuda", "--steps", "4", "--json")
-_FAMILIES = ("", "_attention", "_conv", "_conv_int8", "_quantized")
-_TESTS = tuple(f"tests/test_ops{family}.py" for family in _FAMILIES)
+CONSUMER = 89  # the compute capability of an RTX 4070
 _VAE_SIZE = (60, 104)  # latents of 480x832
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,39 +55,63 @@ class Slice(NamedTuple):
 
 
 def compiled(asked: Asked) -> Iterator[Record]:
-    """Compile for this card, or the nearest the gate knows; the launches that follow find it."""
-    start, arch = time.monotonic(), registry.here().arch
-    known = [a for a in gate.ARCHS if a <= arch]
-    rows = gate.compile_all([max(known)], asked.cases) if known else []
-    faults = [f"{row.kernel}: {fault}" for row in rows for fault in row.faults]
-    yield {"kernels": len(rows), "faults": faults, "seconds": _since(start)}
+    """Compile for this card, or the nearest the gate knows; the launches that follow find it.
+
+    The models' shapes first, then those of the op tests, for this card and for an RTX 4070.
+    """
+    start, arch = time.monotonic(), _known_arch()
+    with gate.pool() as executor:
+        jobs = gate.jobs([arch], asked.cases)
+        rows = list(_in_time(executor.map(gate.compile_job, jobs, timeout=asked.left)))
+        wrong = [f"{row.kernel} ({row.case}): {fault}" for row in rows for fault in row.faults]
+        about = {"as": arch, "kernels": len(rows), "left": len(jobs) - len(rows), "faults": wrong}
+        yield about | {"seconds": _since(start)}
+        for each in dict.fromkeys((arch, CONSUMER)):
+            jobs = gate.jobs([each], asked.cases, size="small")
+            yield {"as": each, "of": "tests"} | _warmed(executor, jobs, asked.left)
+
+
+def _warmed(executor: Executor, jobs: list[gate.Job], seconds: float) -> Record:
+    """Compile into Triton's cache, on all cores, for no longer than this."""
+    start = time.monotonic()
+    done = list(_in_time(executor.map(gate.warm_job, jobs, timeout=max(0.0, seconds))))
+    about = {"kernels": len(done), "left": len(jobs) - len(done), "not compiled": done.count(False)}
+    return about | {"seconds": _since(start)}
+
+
+def _in_time(results: Iterator[T]) -> Iterator[T]:
+    """Those of a pool that come before its time is over; it drops the others."""
+    with suppress(TimeoutError):
+        yield from results
 
 
 def tested(asked: Asked) -> Iterator[Record]:
     """The op tests on the device, without the rest's conftest."""
-    yield _pytest(asked, [])
+    yield gpu_tests.run(asked.cases, asked.until)
 
 
 def consumer(asked: Asked) -> Iterator[Record]:
     """The same with the code that an RTX 4070 gets, on this card."""
-    yield {"as": 89} | _pytest(asked, ["-p", "wanrt.bench.consumer", "--as-arch", "89"])
+    options = ["-p", "wanrt.bench.consumer", "--as-arch", str(CONSUMER)]
+    yield {"as": CONSUMER} | gpu_tests.run(asked.cases, asked.until, options)
 
 
 def measured(asked: Asked) -> Iterator[Record]:
     """Every op at the models' shapes, beside the two ceilings of the card."""
-    yield {"case": "ceilings"} | ops.ceilings()
+    try:
+        yield {"case": "ceilings"} | ops.ceilings()
+    except faults() as error:
+        yield {"case": "ceilings", "note": f"not measured: {reason(error)}"}
     for name, note in absent().items():
         yield {"peer": name, "note": note}
-    for case in all_cases().values():
-        if case.size != "wan" or asked.cases not in case.id:
+    for case, dtype in ops.wanted(asked.cases):
+        if asked.left < 0:
+            about = {"case": case.id, "dtype": ops.dtype_name(dtype)}
+            yield about | {"note": "not measured: out of time"}
             continue
-        for dtype in case.dtypes:
-            if asked.left < 0:
-                yield {"case": case.id, "note": "not measured: out of time"}
-                continue
-            for row in ops.measure(case, dtype):
-                yield asdict(row)
-            torch.cuda.empty_cache()
+        for row in ops.measure(case, dtype):
+            yield asdict(row)
+        torch.cuda.empty_cache()
 
 
 def chained(asked: Asked) -> Iterator[Record]:
@@ -97,19 +119,22 @@ def chained(asked: Asked) -> Iterator[Record]:
     for width, height in ((832, 480), (1280, 720)):
         for row in chain.rows("cuda", width, height, 7):
             yield asdict(row)
+            if asked.left < 0:
+                yield {"size": f"{width}x{height}", "note": "the rest not measured: out of time"}
+                return
 
 
 def decoded(asked: Asked) -> Iterator[Record]:
-    """Nine frames of 832x480 beside each peer."""
-    for peer in ("diffusers", "fastvae"):
+    """Nine frames of 832x480: ours beside the reference's numbers, then beside each peer."""
+    for peer in (None, "diffusers", "fastvae"):
         about = {"dtype": "bf16", "size": "832x480", "peer": peer}
-        if note := peers.absent(peer):
+        if peer and (note := peers.absent(peer)):
             yield about | {"note": note}
             continue
         try:
             yield about | vae.measure("cuda", peer, "bf16", _VAE_SIZE, 3)
-        except (RuntimeError, NumericsError) as error:  # memory, or a peer that declines this card
-            yield about | {"note": f"not measured: {str(error).partition(chr(10))[0]}"}
+        except (*faults(), NumericsError) as error:  # memory, or a peer that declines this card
+            yield about | {"note": f"not measured: {reason(error)}"}
         torch.cuda.empty_cache()
 
 
@@ -144,13 +169,31 @@ def requested(asked: Asked) -> Iterator[Record]:
 
 def tuned(asked: Asked) -> Iterator[Record]:
     """Winners as `kernels/tuned/` takes them, beside the result: who wants them copies the file."""
-    wanted, answers = tune.questions(asked.cases), []
     card = torch.cuda.get_device_name()
-    for answer in tune.tune(wanted, "cuda", until=asked.until):
-        answers.append(answer)
+    with gate.pool() as executor:  # so that no question waits for its tiles
+        jobs = gate.jobs([_known_arch()], asked.cases, candidates=True)
+        yield {"of": "tiles"} | _warmed(executor, jobs, asked.left / 2)
+    wanted, answers = tune.questions(asked.cases), []
+    for question in wanted:
+        if asked.left < 0:
+            yield {"key": question.key, "note": "not asked: out of time"}
+            continue
+        try:
+            answers.append(tune.answer(question, "cuda", time_alternating))
+        except (*faults(), NumericsError) as error:
+            yield {"key": question.key, "note": f"no answer: {reason(error)}"}
+            continue
         tune.write(answers, card, RESULTS / f"{slug(card)}.tuned.json")
-    faults = [f"{a.question.key}: {fault}" for a in answers for fault in a.faults]
-    yield {"keys": len(answers), "out_of_time": len(wanted) - len(answers), "faults": faults}
+        yield _told(answers[-1])
+        torch.cuda.empty_cache()
+
+
+def _told(answer: tune.Answer) -> Record:
+    """Median seconds of every tile that was right, fastest first; what was wrong with others."""
+    tiles = [{"tile": tuple(tile), "seconds": value} for tile, value in answer.seconds.items()]
+    about = {"key": answer.question.key, "case": answer.question.case.id}
+    return about | {"default": tuple(answer.question.tiles[0]), "tiles": tiles,
+                    "faults": answer.faults}  # fmt: skip
 
 
 SLICES = {
@@ -167,24 +210,9 @@ SLICES = {
 }
 
 
-def _pytest(asked: Asked, plugin: list[str]) -> Record:
-    files = [name for name in _TESTS if (ROOT / name).exists()]
-    if not files:
-        return {"note": "not run: they are in the checkout, not in the package"}
-    start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    command += plugin + (["-k", asked.cases] if asked.cases else [])
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    env |= {"PYTHONSAFEPATH": "1"}
-    done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or [done.stderr[-400:]]
-    words = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
-    found = {word: int(number) for number, word in words}
-    named = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    found["failed"] = (
-        found.get("failed", 0) + found.pop("error", 0) + (done.returncode not in (0, 1, 5))
-    )
-    return found | {"named": named[:40], "seconds": _since(start)}
+def _known_arch() -> int:
+    """Of the compute capabilities that the gate knows, the card's, or the newest before it."""
+    return max(arch for arch in gate.ARCHS if arch <= max(registry.here().arch, min(gate.ARCHS)))
 
 
 def _since(start: float) -> float:

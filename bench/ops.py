@@ -1,29 +1,29 @@
 """`wanrt bench ops`: every op at the models' shapes, each backend beside PyTorch's, as JSON lines.
 
-First the numbers: a backend whose result is not near that of the others is not timed. Then medians
-of alternating runs, beside the two ceilings of the card as measured in the same run: a large copy
-and a large matrix product.
+First the numbers: a backend whose result is not near PyTorch's is not timed. Then medians of
+alternating runs, beside the two ceilings of the card as measured in the same run: a large copy and
+a large matrix product. What is not measured has a row that says why.
 """
 
 import json
-import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanrt.bench.measure import alternate, machine
-from wanrt.bench.rivals import rivals
+from wanrt.bench.agreement import MIN_COSINE, expected, nearness, one_head, parts
+from wanrt.bench.measure import Run, faults, machine, reason, time_alternating
+from wanrt.bench.rivals import comparable, rivals
 from wanrt.errors import UsageError
 from wanrt.installed import release
 from wanrt.kernels import registry
 from wanrt.kernels.cases import Case, all_cases
-from wanrt.kernels.reference import Quantized, dequantize
 
-MIN_COSINE = 0.999  # of two backends; a wrong kernel is far below, rounding far above
-_WARM_UP, _REPEATS = 3, 15
+_NO_BASELINE = "not timed: PyTorch has no kernel for it; its result of one head is what is compared"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
     gbytes_per_s: float | None = None
     tflops: float | None = None
     speedup: float | None = None  # over PyTorch's own choice
-    cosine: float | None = None  # with PyTorch's result
+    cosine: float | None = None  # with PyTorch's result, or with its first head
     note: str = ""
 
 
@@ -57,77 +57,94 @@ def main(device: str, only: str, as_json: bool) -> None:
 
 
 def measure_all(only: str = "") -> Iterator[Row]:
+    for case, dtype in wanted(only):
+        yield from measure(case, dtype)
+        torch.cuda.empty_cache()
+
+
+def wanted(only: str = "") -> list[tuple[Case, torch.dtype]]:
+    """Cases at the models' shapes: the first of every op, then the second; other dtypes follow."""
+    seen: Counter[str] = Counter()
+    found = []
     for case in all_cases().values():
         if case.size == "wan" and only in case.id:
-            for dtype in case.dtypes:
-                yield from measure(case, dtype)
-                torch.cuda.empty_cache()
+            found += [((i, seen[case.op]), case, dtype) for i, dtype in enumerate(case.dtypes)]
+            seen[case.op] += 1
+    return [(case, dtype) for _, case, dtype in sorted(found, key=lambda item: item[0])]
+
+
+def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
+    """Rows of Triton's, PyTorch's and the rivals' kernels; small sizes run on a CPU, for tests.
+
+    Where the card cannot hold the inputs or fails while it is timed, one row says so.
+    """
+    try:
+        return _measure(case, dtype, device)
+    except faults() as error:
+        return [Row(case.id, dtype_name(dtype), "", note=f"not measured: {reason(error)}")]
 
 
 @torch.inference_mode()
-def measure(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[Row]:
-    """Rows of Triton's, PyTorch's and the rivals' kernels; small sizes run on a CPU, for tests."""
-    name = str(dtype).removeprefix("torch.")
-    target = registry.here(dtype, device, case.result)
+def _measure(case: Case, dtype: torch.dtype, device: str) -> list[Row]:
     tensors = case.draw(dtype, device)
-    runs: dict[str, Callable[[], Any]] = {}
-    rows: dict[str, Row] = {}
-    for backend in ("torch", "triton"):
-        reason = registry.reason_against(case.op, backend, target)
-        if reason is None:
-            runs[backend] = _bound(registry.function(case.op, backend), tensors, case.kwargs)
-        else:
-            rows[backend] = Row(case.id, name, backend, note=f"not measured: {reason}")
-    runs |= rivals(case, tensors, device)
-    results = {}
-    for backend, run in list(runs.items()):
-        try:
-            results[backend] = flat(run())
-        except RuntimeError as error:  # out of memory, or a peer that declines this card
-            reason = str(error).partition("\n")[0]
-            rows[backend] = Row(case.id, name, backend, note=f"not measured: {reason}")
-            del runs[backend]
-    cosines = {b: cosine(y, results["torch"]) for b, y in results.items() if "torch" in results}
-    for backend, near in cosines.items():
-        if not near >= MIN_COSINE:  # a NaN too
-            note = f"not timed: its result is far from PyTorch's (cosine {near:.6f})"
-            rows[backend] = Row(case.id, name, backend, cosine=near, note=note)
-            del runs[backend]
-    outputs = results.get("torch", results.get("triton", []))
-    moved = sum(map(_bytes, [*_parts(tensors), *outputs]))
-    del results
+    runs, notes = _candidates(case, tensors, dtype, device)
+    near, written = _compare(case, tensors, runs, notes)
     seconds = time_alternating(runs, device)
+    moved = written + sum(map(_bytes, parts(tensors)))
     flop = case.flop(*tensors) if case.flop else None
+    blank = partial(Row, case.id, dtype_name(dtype))
+    rows = {name: blank(name, cosine=near.get(name), note=note) for name, note in notes.items()}
     for backend, value in seconds.items():
-        rows[backend] = Row(
-            case.id,
-            name,
+        rows[backend] = blank(
             backend,
             seconds=value,
             gbytes_per_s=moved / value / 1e9,
             tflops=flop / value / 1e12 if flop else None,
             speedup=seconds["torch"] / value if "torch" in seconds else None,
-            cosine=cosines.get(backend),
+            cosine=near[backend],
         )
-    order = ("triton", "torch", *rows)
-    return [rows[backend] for backend in dict.fromkeys(order) if backend in rows]
+    return [rows[name] for name in dict.fromkeys(("triton", "torch", *rows)) if name in rows]
 
 
-def time_alternating(runs: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    """Median seconds of each, taking turns, by device events; every run touches its own memory."""
-    if device != "cuda":
-        return alternate(runs, 3, device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(_WARM_UP + _REPEATS):
-        for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            if turn >= _WARM_UP:
-                times[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _candidates(
+    case: Case, tensors: tuple[Any, ...], dtype: torch.dtype, device: str
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """What can run, by backend; why others cannot."""
+    target = registry.here(dtype, device, case.result)
+    runs: dict[str, Run] = {}
+    notes: dict[str, str] = {}
+    for backend in ("torch", "triton"):
+        against = registry.reason_against(case.op, backend, target)
+        if backend == "torch" and one_head(case, tensors):
+            notes[backend] = _NO_BASELINE
+        elif against is not None:
+            notes[backend] = f"not measured: {against}"
+        else:
+            runs[backend] = partial(registry.function(case.op, backend), *tensors, **case.kwargs)
+    return runs | rivals(case, tensors, device), notes
+
+
+def _compare(
+    case: Case, tensors: tuple[Any, ...], runs: dict[str, Run], notes: dict[str, str]
+) -> tuple[dict[str, float], int]:
+    """Cosines by backend, and the bytes of a result. `runs` keeps what runs and is right."""
+    target, near, written = expected(case, tensors), {}, 0
+    for backend, run in list(runs.items()):
+        del runs[backend]
+        try:
+            result = run()
+            ours = backend in registry.BACKENDS
+            near[backend] = nearness(result if ours else comparable(case, result), target)
+            written = written or sum(map(_bytes, parts((result,))))
+        except faults() as error:  # out of memory, or a peer that declines this card
+            notes[backend] = f"not measured: {reason(error)}"
+            continue
+        if near[backend] >= MIN_COSINE:  # a NaN is not
+            runs[backend] = run
+        else:
+            far = f"not timed: its result is far from PyTorch's (cosine {near[backend]:.6f})"
+            notes[backend] = far
+    return near, written
 
 
 @torch.inference_mode()
@@ -150,39 +167,13 @@ def ceilings() -> dict[str, float]:
     return result | {f"{name}_tflops": 2 * n**3 / s / 1e12 for name, s in seconds.items()}
 
 
-def _bound(function: Callable[..., Any], tensors: Any, kwargs: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: function(*tensors, **kwargs)
-
-
 def triton_version() -> str:
     """Of the Triton that compiles the kernels; empty where there is none."""
     return release("triton", "triton-windows") or ""
 
 
-def flat(result: Any) -> list[Tensor]:
-    """Every tensor of a result; a quantised one as what it stands for."""
-    if isinstance(result, Quantized):
-        return [dequantize(result)]
-    return [x for x in result if x is not None] if isinstance(result, tuple) else [result]
-
-
-def _parts(inputs: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor of a call's inputs; a quantised one is two."""
-    for x in inputs:
-        if isinstance(x, tuple):
-            yield from _parts(x)
-        elif isinstance(x, Tensor):
-            yield x
-
-
-def cosine(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Of the first tensors, piece by piece in fp64: they may be gigabytes."""
-    dot = left = right = 0.0
-    pieces = (x[0].flatten().split(1 << 24) for x in (actual, expected))
-    for a, b in zip(*pieces, strict=True):
-        a, b = a.double(), b.double()
-        dot, left, right = dot + (a @ b).item(), left + (a @ a).item(), right + (b @ b).item()
-    return dot / (left * right) ** 0.5 if left and right else float(left == right)
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(x: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanrt.kernels.cases import Case
-from wanrt.kernels.reference import Quantized, dequantize
+from wanrt.kernels.reference import Quantized, dequantize, rotate
 
 Run = Callable[[], Tensor]
 
@@ -25,6 +25,11 @@ def rivals(case: Case, tensors: tuple[Any, ...], device: str) -> dict[str, Run]:
     if case.op.startswith("linear_quantized"):
         return {"bf16": _bf16_linear(*tensors, activation=case.kwargs.get("activation"))}
     return {}
+
+
+def comparable(case: Case, result: Tensor) -> Tensor:
+    """A rival's result as ours is: rotated where the case rotates, which no rival need do."""
+    return rotate(result) if case.kwargs.get("hadamard") else result
 
 
 def absent() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """`wanrt bench tune`: time every tile that a kernel lists, on this card, and write the winners.
 
 For each key that a kernel picks a tile under, the first case of `cases.py` at the models' shapes
-that asks for it runs with each tile in turn. A tile whose result is far from PyTorch's is not
-timed. `kernels/winners.py` reads the file that comes out.
+that asks for it runs with each tile in turn, attention and the VAE's convolutions first. A tile
+whose result is far from PyTorch's is not timed. `kernels/winners.py` reads the file that comes out.
 """
 
 import json
@@ -17,12 +17,27 @@ import torch
 from torch import Tensor
 
 from wanrt.bench import ops
-from wanrt.bench.measure import machine
+from wanrt.bench.agreement import MIN_COSINE, expected, nearness
+from wanrt.bench.measure import faults, machine, reason, time_alternating
 from wanrt.errors import NumericsError, UsageError
 from wanrt.kernels import registry, winners
 from wanrt.kernels.cases import Case, all_cases
+from wanrt.kernels.launch import record
 
 Timer = Callable[[dict[str, Callable[[], Any]], str], dict[str, float]]
+
+# Ops by what a request's seconds depend on: a run that is cut off has asked about the first.
+_ORDER = (
+    "attention_int8",
+    "causal_conv3d_int8",
+    "causal_conv3d",
+    "upsample_conv2d",
+    "linear_quantized_out",
+    "linear_gated_residual",
+    "linear_quantized",
+    "attention_int8_fp8",
+    "attention",
+)
 
 
 class Question(NamedTuple):
@@ -61,31 +76,37 @@ def default_path(card: str) -> Path:
 
 
 def questions(only: str = "", size: str = "wan", device: str = "cuda") -> list[Question]:
-    """What kernels ask in the cases of a size, each key once, where there is more than one tile."""
+    """What kernels ask in the cases of a size, each key once, where there is more than one tile.
+
+    Nothing runs: the cases are drawn on the meta device.
+    """
     found: dict[str, Question] = {}
-    for case in all_cases().values():
+    for case in sorted(all_cases().values(), key=_place):
         if case.size != size or only not in case.id:
             continue
         for dtype in case.dtypes:
             target = registry.here(dtype, device, case.result)
             if registry.reason_against(case.op, "triton", target) is None:
-                for key, tiles in asked(case, dtype, device).items():
+                for key, tiles in asked(case, dtype, target.arch).items():
                     found.setdefault(key, Question(key, tiles, case, dtype))
     return [question for question in found.values() if len(set(question.tiles)) > 1]
 
 
-@torch.inference_mode()
-def asked(case: Case, dtype: torch.dtype, device: str) -> dict[str, Sequence[tuple[int, ...]]]:
-    """Keys and tiles that a case's kernels ask with; it runs once."""
-    with winners.trial() as trial:
-        registry.function(case.op, "triton")(*case.draw(dtype, device), **case.kwargs)
+def _place(case: Case) -> int:
+    return _ORDER.index(case.op) if case.op in _ORDER else len(_ORDER)
+
+
+def asked(case: Case, dtype: torch.dtype, arch: int) -> dict[str, Sequence[tuple[int, ...]]]:
+    """Keys and tiles that a case's kernels ask with on a card of this compute capability."""
+    with record(arch), winners.trial() as trial:
+        registry.function(case.op, "triton")(*case.draw(dtype, "meta"), **case.kwargs)
     return trial.asked
 
 
 def tune(
     wanted: Sequence[Question],
     device: str,
-    timer: Timer = ops.time_alternating,
+    timer: Timer = time_alternating,
     until: float = float("inf"),
 ) -> Iterator[Answer]:
     """An answer to each question, until `time.monotonic()` says so."""
@@ -99,30 +120,30 @@ def tune(
 
 @torch.inference_mode()
 def answer(question: Question, device: str, timer: Timer) -> Answer:
-    """Correctness first, then all right tiles take turns."""
+    """Correctness first, then all right tiles take turns. Raises NumericsError where none is."""
     case, tensors = question.case, question.case.draw(question.dtype, device)
-    expected = ops.flat(registry.function(case.op, "torch")(*tensors, **case.kwargs))
+    target = expected(case, tensors)
     function = registry.function(case.op, "triton")
     runs: dict[str, Callable[[], Any]] = {}
     named: dict[str, tuple[int, ...]] = {}
-    faults = []
+    wrong = []
     for tile in dict.fromkeys(question.tiles):
         name = str(tile)
         run = partial(_run, question.key, tile, function, tensors, case.kwargs)
         try:
-            cosine = ops.cosine(ops.flat(run()), expected)
-        except RuntimeError as error:  # the card has less shared memory or fewer registers
-            faults.append(f"{name}: {str(error).partition(chr(10))[0]}")
+            cosine = nearness(run(), target)
+        except faults() as error:  # the card has less shared memory or fewer registers
+            wrong.append(f"{name}: {reason(error)}")
             continue
-        if cosine >= ops.MIN_COSINE:
+        if cosine >= MIN_COSINE:
             runs[name], named[name] = run, tile
         else:
-            faults.append(f"{name}: far from PyTorch's result (cosine {cosine:.6f})")
+            wrong.append(f"{name}: far from PyTorch's result (cosine {cosine:.6f})")
     if not runs:
-        raise NumericsError(f"{question.key}: no tile is right: {'; '.join(faults)}")
-    del expected
+        raise NumericsError(f"{question.key}: no tile is right: {'; '.join(wrong)}")
+    del target
     ranked = sorted(timer(runs, device).items(), key=lambda item: item[1])
-    return Answer(question, {named[n]: seconds for n, seconds in ranked}, tuple(faults))
+    return Answer(question, {named[n]: seconds for n, seconds in ranked}, tuple(wrong))
 
 
 def _run(

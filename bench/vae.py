@@ -33,7 +33,9 @@ from wanrt.weights.load import place
 Decode = Callable[[Tensor], Tensor]
 
 LATENT_FRAMES = 3  # 9 frames
+_REFERENCE = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))
 _CHILDREN = 3  # fresh processes differ by what their allocator keeps
+_CHECKED = (16, 24)  # at most, of latents whose decode is compared where no peer is
 _LIMITS = {"fp32": 1e-4, "bf16": 6e-2}  # bf16: two roads through 40 layers, pixels in [-1, 1]
 
 
@@ -72,7 +74,10 @@ def latent_size(size: str) -> tuple[int, int]:
 def measure(
     device: str, peer: str | None, name: str, size: tuple[int, int], repeats: int
 ) -> dict[str, float]:
-    """Seconds and peak bytes of ours and of the peer, their ratios and their relative error."""
+    """Seconds and peak bytes of ours and of the peer, their ratios and their relative error.
+
+    Without a peer, the error of a small clip, beside the reference's ops. Raises NumericsError.
+    """
     names = ("wanrt", peer) if peer else ("wanrt",)
     decoders = {who: make_decoder(who, name, device) for who in names}
     latents = torch.randn(1, 16, LATENT_FRAMES, *size, device=device)
@@ -80,6 +85,8 @@ def measure(
     if peer:
         ours, theirs = (decoders[who](latents) for who in names)
         result["error"] = check_close(name, ours, theirs, _LIMITS[name])
+    else:
+        result["error"] = _check_alone(name, device, decoders["wanrt"], size)
     runs = {who: partial(decode, latents) for who, decode in decoders.items()}
     for who, seconds in alternate(runs, repeats, device).items():
         result[f"{who}_s"] = seconds
@@ -95,20 +102,29 @@ def measure(
     return result
 
 
+def _check_alone(name: str, device: str, decode: Decode, size: tuple[int, int]) -> float:
+    """Relative error of a clip that is small enough for the reference's fp32."""
+    height, width = map(min, size, _CHECKED)
+    latents = torch.randn(1, 16, LATENT_FRAMES, height, width, device=device)
+    expected = make_decoder("reference", "fp32", device)(latents)
+    return check_close(name, decode(latents), expected, _LIMITS[name])
+
+
 def decode_flop(size: tuple[int, int]) -> int:
     """Floating-point operations of the reference's arithmetic, whatever a fast path leaves out."""
-    ops = VaeOps(*(getattr(reference_vae, name) for name in VaeOps._fields))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        WanVAE(VAE_2_1, ops).decode(torch.empty(1, 16, LATENT_FRAMES, *size))
+        WanVAE(VAE_2_1, _REFERENCE).decode(torch.empty(1, 16, LATENT_FRAMES, *size))
     return counter.get_total_flops()
 
 
 def make_decoder(who: str, name: str, device: str) -> Decode:
-    """The decode of one side, on random weights that are the same for both."""
+    """The decode of one side, on random weights that are the same for all."""
     torch.manual_seed(0)
-    ops = choose(VaeOps, torch.device(device), PLAIN[name])
+    ops = _REFERENCE
+    if who != "reference":
+        ops = choose(VaeOps, torch.device(device), PLAIN[name])
     ours = WanVAE(VAE_2_1, ops).eval().requires_grad_(False)
-    if who == "wanrt":
+    if who in ("wanrt", "reference"):
         for weight in ours.to(device, PLAIN[name]).parameters():
             weight.data = place(weight.data, "vae", torch.device(device))  # as a loaded one lies
         return ours.decode

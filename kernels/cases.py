@@ -2,7 +2,7 @@
 
 `small` cases have odd sizes, edges and awkward layouts and run everywhere, in Triton's interpreter
 too. `wan` cases have the shapes of the released models: the compile gate draws them on the meta
-device, a GPU runs them. Other families: `cases_*.py`; `all_cases` has them all.
+device, a GPU draws and runs them. Other families: `cases_*.py`; `all_cases` has them all.
 """
 
 import importlib
@@ -79,12 +79,14 @@ class Case(NamedTuple):
         return self.kwargs.get("dtype")
 
     def draw(self, dtype: torch.dtype, device: str = "cpu") -> Drawn:
-        """The same values on every device and in every process."""
-        if device == "meta":
-            with torch.device("meta"):
-                return self._cast(self.tensors(), dtype, device)
-        torch.manual_seed(sum(self.id.encode()))
-        return self._cast(self.tensors(), dtype, device)
+        """The same values in every process; of `small` cases on every device, too.
+
+        `wan` cases are drawn where they are wanted: one may have a billion numbers.
+        """
+        if device != "meta":
+            torch.manual_seed(sum(self.id.encode()))
+        with torch.device(device if device == "meta" or self.size == "wan" else "cpu"):
+            return self._cast(self.tensors(), dtype, device)
 
     def _cast(self, tensors: Tensors, dtype: torch.dtype, device: str) -> Drawn:
         dtypes = (dtype if i < self.activations else None for i in range(len(tensors)))

@@ -131,6 +131,10 @@ SHARED_PACKAGES: dict[str, dict[str, str]] = {
         "export/qdq.py": "rewrites graphs; their home, onnx.py, traces and embeds",
         "export/rtx.py": "likewise",
     },
+    "pytest": {
+        "bench/emulated.py": "a plugin; their home, consumer.py, is another",
+        "bench/share.py": "likewise",
+    },
     "rich": {
         "wanrt/cli.py": "prints the plan; its home, the progress bars, does not",
         "wanrt/cli_machine.py": "likewise",

@@ -72,6 +72,57 @@ print(code["ttgir"], code["ptx"])
     assert "mma.sync" in done.stdout and "prmt" not in done.stdout
 
 
+SAME_CODE = """
+import sys
+from pathlib import Path
+from triton.runtime import driver
+from wanrt.bench import compile as gate
+from wanrt.kernels import registry
+from wanrt.kernels.cases import all_cases
+from wanrt.kernels.launch import Launch, record
+
+ARCH = 89
+driver.set_active(gate.CompilingDriver(ARCH))
+
+def key(launch: Launch) -> str:
+    binder = launch.kernel.device_caches[ARCH][-1]
+    _, kinds, options = binder(*launch.args, debug=False, **launch.options)
+    return f"{launch.kernel.fn.__qualname__} {kinds} {options}"
+
+def files() -> int:
+    return len(list(Path(sys.argv[1]).rglob("*.cubin")))
+
+jobs = gate.jobs([ARCH], "", size="small")
+compiled = {key(gate._launch(job)) for job in jobs}
+asked, some = set(), []
+for case in all_cases().values():
+    for dtype in case.dtypes if case.size == "small" else ():
+        if gate.launches(case, ARCH, dtype):
+            with record(ARCH) as found:  # tensors that have memory
+                registry.function(case.op, "triton")(*case.draw(dtype), **case.kwargs)
+            asked |= set(map(key, found))
+            some += found if case.op == "rms_norm" else []
+print(len(asked) > 200, asked == compiled)
+print(all(gate.warm_job(job) for job in jobs if job.case.startswith("rms_norm-")), files())
+for launch in some:
+    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+print(len(some), files())
+"""
+
+
+def test_what_tests_start_was_compiled_before(tmp_path: Path) -> None:
+    """Triton asks for the same code with tensors in memory as with those of the meta device."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", SAME_CODE, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys, first, second = done.stdout.splitlines()
+    assert keys == "True True"
+    compiled, files = first.split()
+    assert compiled == "True" and second.split()[1] == files and int(files) > 2
+
+
 @pytest.mark.parametrize("name", TRITON_OPS)
 def test_every_op_is_compiled_and_interpreted(name: str) -> None:
     sizes = {case.size for case in all_cases().values() if case.op == name}

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="Triton has no build for this system")
 from wanrt.bench import tune
 from wanrt.errors import NumericsError, UsageError
 from wanrt.kernels import conv, registry, winners
-from wanrt.kernels.cases import all_cases
+from wanrt.kernels.cases import Case, all_cases
 from wanrt.kernels.launch import INTERPRETING
+from wanrt.kernels.target import Target
 
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="needs Triton's interpreter")
 CASE = all_cases()["causal_conv3d-two-tiles"]
@@ -136,8 +137,27 @@ def test_no_file_is_asked_for_while_launches_are_recorded(folder: Path) -> None:
 def test_the_gate_compiles_every_tile_once() -> None:
     from wanrt.bench import compile as gate
 
-    tiles = {(job.key, job.tile) for job in gate._jobs([89], "causal_conv3d-96-one", True)}
-    assert len(tiles) == 5 and len(gate._jobs([89], "causal_conv3d-96-one")) == 2
+    tiles = {(job.key, job.tile) for job in gate.jobs([89], "causal_conv3d-96-one", True)}
+    assert len(tiles) == 5 and len(gate.jobs([89], "causal_conv3d-96-one")) == 2
+
+
+def test_questions_come_from_shapes_alone_and_what_matters_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def here(dtype: torch.dtype, device: str, result: torch.dtype | None) -> Target:
+        return Target(device, 89, dtype, result)
+
+    monkeypatch.setattr(tune.registry, "here", here)
+    drawn: list[str] = []
+    draw = Case.draw
+    monkeypatch.setattr(
+        Case, "draw", lambda self, dtype, device: drawn.append(device) or draw(self, dtype, device)
+    )
+    found = tune.questions()
+    assert set(drawn) == {"meta"}
+    ops = list(dict.fromkeys(question.case.op for question in found))
+    assert ops[0] == "attention_int8" and ops.index("causal_conv3d") < ops.index("linear_quantized")
+    assert found[0].case.id == "attention_int8-1.3B-480p" and len(found) > 30
 
 
 @interpreted
