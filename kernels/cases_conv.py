@@ -168,7 +168,7 @@ CASES = [
     causal("one-frame-start", (1, 24, 1, 5, 7), 20, history=False, norm=False),
     causal("fp16acc", (1, 24, 2, 5, 7), 20, accumulator=FP16),
     causal("chunks", (1, 72, 2, 5, 7), 160, (3, 1, 1), residual=True),
-    causal("halving", (2, 24, 4, 5, 7), 24, (3, 1, 1), stride=2, norm=False),
+    causal("halving-odd", (2, 24, 4, 5, 7), 24, (3, 1, 1), stride=2, norm=False),
     causal("halving-start", (2, 24, 4, 5, 7), 24, (3, 1, 1), stride=2, norm=False, history=False),
     causal("pointwise", (2, 24, 3, 5, 7), 9, (1, 1, 1), norm=False, residual=True),
     causal("two-tiles", (1, 24, 1, 33, 40), 9, (1, 1, 1), norm=False),

@@ -24,7 +24,7 @@ from wanrt.kernels.layout import (
 )
 from wanrt.kernels.taps import multiply, taps_inside
 from wanrt.kernels.target import Target
-from wanrt.kernels.tile import Tile, check_frames, turns, widths
+from wanrt.kernels.tile import PIXELS, WARP_PIXELS, Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -34,10 +34,8 @@ FP16_TERMS = 128  # that are added up in fp16, before fp32 takes over
 def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Tile, ...]:
     """The widths that waste least. Steps of 32 divide 96.
 
-    Where tensor cores are quick, the instructions around them are what has to be few: turns are as
-    long as leaves room for two of them, or as may be added up in fp16. Elsewhere 99 KiB are for two
-    programs. NOTE: chosen by what compiles to few instructions; the others compile as well. Not yet
-    timed.
+    NOTE: the first is chosen by what little it asks of the instructions around products, of shared
+    memory and of L2 (docs/kernels.md); the others compile as well. Not yet timed.
     """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
@@ -49,21 +47,18 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
         return largest, largest._replace(pixels=16), largest._replace(unroll=unroll)
     step = 64 if arch == 90 and channels % 64 == 0 else 32
     step = min(step, max(16, triton.next_power_of_2(channels)))
-    warps = 8 if wide + narrow > 64 else 4
-    first = Tile(128, wide, narrow, step, 1, warps, 3 if step == 16 else 4)
+    plain = Tile(128, wide, narrow, step, 1, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
+    many = plain if arch == 90 else plain._replace(pixels=PIXELS, warps=PIXELS // WARP_PIXELS)
     turned = (
-        first._replace(step=size, unroll=unroll, stages=3)
+        many._replace(step=size, unroll=unroll, stages=3)
         for size in (step, 16)
-        for unroll in turns(first._replace(step=size), channels, x.element_size(), arch, FP16_TERMS)
+        for unroll in turns(many._replace(step=size), channels, x.element_size(), arch, FP16_TERMS)
     )
-    long = max(turned, key=lambda tile: (tile.step * tile.unroll, tile.step))
-    if in_fp16 or arch in (80, 90):
-        first, long = long, first
-    small, fewer = first._replace(pixels=64, warps=4), first.stages - 1
-    tiles = [first, long, first._replace(stages=fewer), small]
-    if not in_fp16:  # there it spills
-        tiles.append(small._replace(stages=fewer))
-    return tuple(dict.fromkeys(tiles))
+    finer = 1 if arch == 90 else -1  # short steps take fewer registers
+    long = max(turned, key=lambda tile: (tile.step * tile.unroll, finer * tile.step))
+    first = (many, long) if arch == 90 and not in_fp16 else (long, many)
+    small = plain._replace(pixels=64, warps=4)
+    return tuple(dict.fromkeys((*first, plain, plain._replace(stages=plain.stages - 1), small)))
 
 
 @triton.jit

@@ -6,8 +6,6 @@ What a tap sees outside of frames is loaded as 0, as asynchronous copies do it, 
 has another zero point: sums start from a table of what that makes of each border.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -21,18 +19,16 @@ from wanrt.kernels.layout import empty_frames, frames_dense, is_frames_dense, ou
 from wanrt.kernels.reference_vae import QuantizedConv
 from wanrt.kernels.taps import multiply, taps_inside
 from wanrt.kernels.target import Target
-from wanrt.kernels.tile import Tile, check_frames, turns, widths
+from wanrt.kernels.tile import PIXELS, WARP_PIXELS, Tile, check_frames, turns, widths
 from wanrt.kernels.winners import pick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
-    """Steps of 32 divide 96; turns that do as much as leaves room for two of them.
+    """Steps of 32 divide 96.
 
-    Products of s8 are done sooner than the instructions around them and the loads for them, so both
-    have to be few: 16 warps of 256 pixels read less than twice eight of 128. NOTE: chosen by what
-    compiles to few instructions; the others compile as well. Not yet timed.
+    NOTE: the first is chosen as that of `conv.py`; the others compile as well. Not yet timed.
     """
     arch, channels = arch_of(x), x.shape[1]
     wide, narrow = widths(out_channels)
@@ -42,28 +38,15 @@ def _tiles(x: Tensor, out_channels: int, pixels: int) -> tuple[Tile, ...]:
         largest = Tile(max(16, min(1024, rows)), wide, narrow, step, 1, 4, 1)
         unroll = turns(largest, channels, 1, arch, channels)[-1]
         return largest, largest._replace(pixels=16), largest._replace(unroll=unroll)
-    warps = 8 if wide + narrow > 64 else 4
-    plain = Tile(128, wide, narrow, 64 if channels % 64 == 0 else 32, 1, warps, 4)
-    long = max(_long(plain, channels, arch), key=lambda t: (t.pixels * t.step * t.unroll, t.pixels))
-    few = plain._replace(unroll=turns(plain, channels, 1, arch, channels)[-1], stages=3)
-    tiles = (long, few, plain, plain._replace(stages=3), plain._replace(pixels=64, warps=4))
-    return tuple(dict.fromkeys(tiles))
-
-
-def _long(plain: Tile, channels: int, arch: int) -> Iterator[Tile]:
-    """Tiles with many channels to a turn; on GeForce cards also with many pixels.
-
-    Twice the pixels read weights half as often. 16 warps have 128 registers to a thread, enough for
-    turns of 96 channels in steps of 32.
-    """
-    for step in (plain.step, 32):
-        tile = plain._replace(step=step, stages=3)
-        for unroll in turns(tile, channels, 1, arch, channels):
-            yield tile._replace(unroll=unroll)
-    if arch not in (80, 90):
-        tile = plain._replace(pixels=256, step=32, warps=2 * plain.warps, stages=3)
-        for unroll in turns(tile, channels, 1, arch, 96):
-            yield tile._replace(unroll=unroll)
+    step = 64 if channels % 64 == 0 else 32
+    plain = Tile(128, wide, narrow, step, 1, 8 if wide + narrow > 64 else 4, 4)
+    small = plain._replace(pixels=64, warps=4)
+    many = plain._replace(pixels=PIXELS, step=32, warps=PIXELS // WARP_PIXELS, stages=3)
+    if arch == 90:
+        many = plain._replace(stages=3)
+    longest = 32 if arch == 120 else channels if arch == 90 else 96  # on 12.0 longer turns spill
+    long = many._replace(unroll=turns(many, channels, 1, arch, longest)[-1])
+    return tuple(dict.fromkeys((long, many, plain, plain._replace(stages=3), small)))
 
 
 @triton.jit

@@ -42,21 +42,20 @@ class Tile(NamedTuple):
     registers: int
 
 
-LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and nothing beside it
+LARGE = Tile(256, 32, 3, 8, 255)  # where registers hold one sum and no residual
 SMALL = Tile(128, 32, 3, 8, 192)  # where they hold more. Unasked, ptxas takes 128 and spills
 TWICE = Tile(128, 32, 3, 8, 255)  # where there are sums twice: rotated ones, or fp16 ones
 
 
-def _tiles(arch: int, one_sum: bool, twice: bool) -> tuple[Tile, ...]:
+def _tiles(arch: int, kind: str, by_group: bool, in_fp16: bool) -> tuple[Tile, ...]:
     """Without spills, within 99 KiB of shared memory, on every architecture alike."""
     if arch == INTERPRETER:
         largest = Tile(512, GROUP // 2, 1, 4, 255)
         return largest, largest._replace(rows=32)
-    if twice:
-        return TWICE, TWICE._replace(stages=4)
-    if one_sum:
+    if not by_group and kind != "residual":
         return LARGE, LARGE._replace(stages=2), LARGE._replace(rows=128, depth=64)
-    return SMALL, SMALL._replace(stages=4), SMALL._replace(stages=2)
+    small = TWICE if kind == "rotated" or in_fp16 else SMALL
+    return small, small._replace(stages=4), small._replace(stages=2)
 
 
 @triton.jit
@@ -98,37 +97,34 @@ def _product(
     By groups, SUM columns of each STEP add up in ACC.
     """
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xm + k[None, :]  # [M, K]
-    w_ptrs = w_ptr + column.to(tl.int64)[None, :] * stride_wn + k[:, None]  # [K, N]
-    scale_ptrs = x_scale_ptr + row.to(tl.int64) * groups
-    rows, columns = (row < num_rows)[:, None], (column < num_columns)[None, :]
+    row = tl.minimum(row, num_rows - 1).to(tl.int64)  # what lies outside is never stored
+    column = tl.minimum(column, num_columns - 1).to(tl.int64)
+    x_ptrs = x_ptr + row[:, None] * stride_xm + k[None, :]  # [M, K]
+    w_ptrs = w_ptr + column[None, :] * stride_wn + k[:, None]  # [K, N]
+    scale_ptrs = x_scale_ptr + row * groups
+    following = tl.load(scale_ptrs)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if BY_GROUP else ACC)
-    for _ in range(tl.cdiv(depth, STEP)):
+    for begin in range(0, depth, STEP):
+        scale = following[:, None]
+        if BY_GROUP:  # the next is asked for a turn ahead, so that no product waits for it
+            scale_ptrs += tl.where((groups > 1) & (begin + STEP < depth), 1, 0)
+            following = tl.load(scale_ptrs)
         for _ in tl.static_range(STEP // SUM):
             acc = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BY_GROUP else total
             # NOTE: several products a step. Of one alone Triton 3.8 fetches the next operands early
             # and carries them through the loop, each byte in a register of its own.
             for _ in tl.static_range(SUM // BLOCK_K):
                 if EVEN:
-                    x = tl.load(x_ptrs, rows, 0.0)
-                    w = tl.load(w_ptrs, columns, 0.0)
+                    x, w = tl.load(x_ptrs), tl.load(w_ptrs)
                 else:
-                    x = tl.load(x_ptrs, rows & (k < depth)[None, :], 0.0)
-                    w = tl.load(w_ptrs, columns & (k < depth)[:, None], 0.0)
+                    x = tl.load(x_ptrs, (k < depth)[None, :], 0.0)
+                    w = tl.load(w_ptrs, (k < depth)[:, None], 0.0)
                     k += BLOCK_K
                 acc = dot(x, w, acc, ACC)
                 x_ptrs += BLOCK_K
                 w_ptrs += BLOCK_K
-            if BY_GROUP:
-                scale = tl.load(scale_ptrs, row < num_rows, 0.0)
-                total += acc.to(tl.float32) * scale[:, None]
-            else:
-                total = acc
-        if BY_GROUP:
-            scale_ptrs += tl.minimum(groups - 1, 1)
-    if BY_GROUP:
-        return total
-    return total.to(tl.float32) * tl.load(scale_ptrs, row < num_rows, 0.0)[:, None]
+            total = total + acc.to(tl.float32) * scale if BY_GROUP else acc
+    return total if BY_GROUP else total.to(tl.float32) * following[:, None]
 
 
 @triton.jit
@@ -306,14 +302,14 @@ def _linear(
     assert weight.scale.shape in ((num_columns, 1), (1, 1)), f"{weight.scale.shape=}"
     arch = arch_of(out)
     by_group = groups > 1 or rows.dtype == torch.float8_e4m3fn
-    one_sum = not by_group and residual is None and out_scale is None
-    kind = "rotated" if hadamard else "one-sum" if one_sum else "more"
+    kind = "plain" if out_scale is None else "rotated" if hadamard else "quantized"
+    kind = kind if residual is None else "residual"
     in_fp16 = _in_fp16(x, arch)
     product = Mma("e4m3", "f16") if in_fp16 else MMA[rows.dtype]
     sums = "groups" if by_group else "rows"
     key = f"linear/{str(rows.dtype).removeprefix('torch.')}/{kind}/{sums}"
     key += "/fp16" if in_fp16 else ""
-    tile = pick(key, _tiles(arch, one_sum, hadamard or in_fp16), out)
+    tile = pick(key, _tiles(arch, kind, by_group, in_fp16), out)
     weight_scale, bias = weight.scale.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)
     gate_strides = (0, 0) if gate is None else _broadcast(gate, out)

@@ -25,6 +25,8 @@ class Tile(NamedTuple):
 
 # 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
 _WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))
+PIXELS = 256  # of a program: twice as many read weights half as often
+WARP_PIXELS = 32  # of a warp. Of 16, each weight would be read from shared memory twice as often
 _SHARED = {80: 160 << 10, 90: 216 << 10}  # bytes that a program may take; elsewhere 96 KiB
 _READING = 32  # to read its pixels costs a program about as much as this many channels more
 
