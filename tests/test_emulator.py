@@ -1,5 +1,6 @@
 """The emulator of PTX: the kernels that a card gets compute the reference, and faults are found."""
 
+import json
 import os
 import re
 import struct
@@ -17,6 +18,7 @@ from wanrt.bench.emulator.instructions import load
 from wanrt.bench.emulator.machine import Work, run
 from wanrt.bench.emulator.memory import GlobalMemory
 from wanrt.bench.emulator.program import EmulatorError
+from wanrt.bench.emulator.traffic import sectors, wavefronts
 
 SOME = "setp.lt.u32 	%p1, %r2, 40;\n\t"  # lanes
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +71,50 @@ def test_what_a_card_gets_computes_the_reference(arch: int, tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 100
+
+
+def test_quick_convolutions_leave_shared_memory_time(tmp_path: Path) -> None:
+    """It gives four turns in the time of a product of s8; three would leave little beside them."""
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "wanrt", "bench", "traffic", "--only", "causal_conv3d_int8-96"]
+    done = subprocess.run([*command, "--json"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    products = [row for row in rows if row["kernel"] == "conv_int8_kernel"]
+    assert products
+    for row in products:
+        assert row["least_turns"] <= row["turns"] < 2.5 * row["products"], row
+
+
+LANES = np.arange(32)
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "turns", "least"),
+    [
+        (LANES * 4, 4, 1, 1),
+        (LANES * 0, 4, 1, 1),  # one word for all
+        (LANES * 8, 4, 2, 1),
+        (LANES * 128, 4, 32, 1),
+        (LANES * 16, 16, 4, 4),  # quarter warps, each of all banks
+        (LANES * 32, 16, 8, 4),
+        (LANES * 8, 8, 2, 2),
+        (LANES, 1, 1, 1),
+    ],
+)
+def test_turns_of_shared_memory(places: np.ndarray, size: int, turns: int, least: int) -> None:
+    assert wavefronts(places, size, np.ones(32, bool)) == (turns, least)
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "touched", "least"),
+    [(LANES * 4, 4, 4, 4), (LANES * 4 + 16, 4, 5, 4), (LANES * 32, 4, 32, 4), (LANES * 0, 4, 1, 1)],
+)
+def test_sectors(places: np.ndarray, size: int, touched: int, least: int) -> None:
+    assert sectors(places, size, np.ones(32, bool)) == (touched, least)
+    assert sectors(places, size, LANES < 8)[0] <= touched
 
 
 def test_lanes_part_and_meet() -> None:

@@ -253,6 +253,18 @@ def bench_compile(
     compile_report.main(wanted, only, workers, out, as_json, candidates)
 
 
+def bench_traffic(
+    arch: Annotated[int, typer.Option(help="Compute capability: 80, 86, 89, 90, 120.")] = 89,
+    only: Annotated[str, typer.Option(help="Cases that have this in their name.")] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Markdown file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """What every kernel asks of shared memory and of L2, counted in an emulator; needs no GPU."""
+    from wanrt.bench import traffic
+
+    traffic.main(arch, only, out, as_json)
+
+
 def bench_quality(
     part: Annotated[str, typer.Option(help="layers, requests, vae, frames; all by default.")] = "",
     modes: Annotated[str, typer.Option(help="Of requests, as int8,fp8; all by default.")] = "",
@@ -347,6 +359,7 @@ def add_to(app: typer.Typer) -> None:
     bench.command("e2e")(bench_e2e)
     bench.command("memory")(bench_memory)
     bench.command("compile")(bench_compile)
+    bench.command("traffic")(bench_traffic)
     bench.command("ops")(bench_ops)
     bench.command("chain")(bench_chain)
     bench.command("model")(bench_model)
