@@ -18,8 +18,7 @@ from wanrt.nano.language import Scene, held_out_prompts
 from wanrt.nano.scorer import agreement, score
 from wanrt.pipeline import Pipeline, Run
 
-# Beside fp32. A CPU has no fp16 convolutions of its own: one clip takes PyTorch's a minute.
-PRECISIONS: tuple[VaePrecision, ...] = ("bf16", "int8")
+PRECISIONS: tuple[VaePrecision, ...] = ("bf16", "fp16", "int8")  # beside fp32
 
 
 @dataclass(frozen=True)

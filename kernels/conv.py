@@ -49,6 +49,7 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
     step = min(step, max(16, triton.next_power_of_2(channels)))
     plain = Tile(128, wide, narrow, step, 1, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
     many = plain if arch == 90 else plain._replace(pixels=PIXELS, warps=PIXELS // WARP_PIXELS)
+    many = many._replace(step=16) if arch == 120 else many  # of 32, 128 channels would spill
     turned = (
         many._replace(step=size, unroll=unroll, stages=3)
         for size in (step, 16)
