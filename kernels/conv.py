@@ -29,6 +29,7 @@ from wanrt.kernels.winners import pick
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 FP16_TERMS = 128  # that are added up in fp16, before fp32 takes over
+ENOUGH = 48  # channels of a turn, above which more pixels are worth more than a longer turn
 
 
 def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Tile, ...]:
@@ -50,13 +51,14 @@ def _tiles(x: Tensor, out_channels: int, pixels: int, in_fp16: bool) -> tuple[Ti
     plain = Tile(128, wide, narrow, step, 1, 8 if wide + narrow > 64 else 4, 3 if step == 16 else 4)
     many = plain if arch == 90 else plain._replace(pixels=PIXELS, warps=PIXELS // WARP_PIXELS)
     many = many._replace(step=16) if arch == 120 else many  # of 32, 128 channels would spill
-    turned = (
-        many._replace(step=size, unroll=unroll, stages=3)
+    turned = [
+        base._replace(step=size, unroll=unroll, stages=3)
+        for base in ((many, plain) if in_fp16 else (many,))
         for size in (step, 16)
-        for unroll in turns(many._replace(step=size), channels, x.element_size(), arch, FP16_TERMS)
-    )
+        for unroll in turns(base._replace(step=size), channels, x.element_size(), arch, FP16_TERMS)
+    ]
     finer = 1 if arch == 90 else -1  # short steps take fewer registers
-    long = max(turned, key=lambda tile: (tile.step * tile.unroll, finer * tile.step))
+    long = max(turned, key=lambda t: (min(t.turn, ENOUGH), t.pixels, t.turn, finer * t.step))
     first = (many, long) if arch == 90 and not in_fp16 else (long, many)
     small = plain._replace(pixels=64, warps=4)
     return tuple(dict.fromkeys((*first, plain, plain._replace(stages=plain.stages - 1), small)))

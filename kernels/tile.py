@@ -22,6 +22,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def turn(self) -> int:
+        """Input channels of a turn."""
+        return self.step * self.unroll
+
 
 # 96 is what the widths of Wan 2.1 are multiples of, 80 and 128 those of 2.2.
 _WIDTHS = ((64, 64), (64, 32), (64, 16), (64, 0), (32, 16), (32, 0), (16, 0))

@@ -93,14 +93,12 @@ def _shift(instruction: Instruction, function: Callable[..., Array]) -> Step:
     dtype, name = dtype_of(instruction, -1), str(instruction.operands[0])
     value, count = source(instruction.operands[1], dtype), source(instruction.operands[2], U32)
     most = 8 * dtype.itemsize - 1
+    signed = dtype.kind == "i" and function is np.right_shift
 
     def step(machine: Machine) -> None:
         by = count(machine)
         shifted = function(value(machine), np.minimum(by, most).astype(dtype))
-        beyond = (
-            np.zeros_like(shifted) if dtype.kind == "u" or function is np.left_shift else shifted
-        )
-        machine.write(name, np.where(by > most, beyond, shifted))
+        machine.write(name, shifted if signed else np.where(by > most, 0, shifted).astype(dtype))
 
     return step
 
@@ -189,9 +187,8 @@ def _permute_bytes(instruction: Instruction) -> Step:
         which, result = selector(machine), np.zeros((), np.uint32)
         for i in range(4):
             choice = which >> np.uint32(4 * i) & np.uint32(0xF)
-            byte = both >> (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(
-                0xFF
-            )
+            place = (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8)
+            byte = both >> place & np.uint64(0xFF)
             sign = np.where(byte & np.uint64(0x80), 0xFF, 0)
             byte = np.where(choice & np.uint32(8), sign, byte).astype(np.uint32)
             result = result | byte << np.uint32(8 * i)

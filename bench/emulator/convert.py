@@ -52,9 +52,6 @@ def _convert(instruction: Instruction) -> Step:
     name, operands = str(instruction.operands[0]), instruction.operands[1:]
     if to in _PACKED:
         return _convert_pair(name, operands, to, from_)
-    if from_ == "e4m3x2":
-        read_bytes = source(operands[0], DTYPES["b16"])
-        return lambda machine: machine.write(name, _widened(read_bytes(machine)))
     read = source(operands[0], DTYPES["b16" if from_ == "bf16" else from_])
 
     def step(machine: Machine) -> None:
