@@ -401,7 +401,7 @@ def test_decoding_holds_less(capsys: pytest.CaptureFixture[str]) -> None:
 def test_whole_requests_are_measured() -> None:
     """The scorer reads what it read."""
     found = {row.vae: row for row in quality_frames.rows(1)}
-    assert set(found) == {"bf16", "int8"}
+    assert set(found) == {"bf16", "fp16", "int8"}
     for row in found.values():
         assert row.verdict == row.verdict_fp32 and row.psnr == row.least_psnr >= 45
 

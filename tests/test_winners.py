@@ -129,7 +129,7 @@ def test_no_file_is_asked_for_while_launches_are_recorded(folder: Path) -> None:
     with winners.trial() as trial:
         gate.launches(case, 89, torch.bfloat16)
     ((key, tiles),) = trial.asked.items()
-    assert first.options["BLOCK_M"] == tiles[0].pixels == 128
+    assert first.options["BLOCK_M"] == tiles[0].pixels == 256
     narrow = next(tile for tile in tiles if tile.pixels == 64)
     assert gate.launches(case, 89, torch.bfloat16, {key: narrow})[-1].options["BLOCK_M"] == 64
 
