@@ -311,9 +311,12 @@ CASES = [
 
 @cache
 def all_cases() -> dict[str, Case]:
-    """Every family's cases by their id."""
+    """Every family's cases by their id, which no two may share: one of them would never run."""
     modules = [importlib.import_module(f"wanrt.kernels.{name}") for name in FAMILIES]
-    return {case.id: case for module in modules for case in module.CASES}
+    cases = [case for module in modules for case in module.CASES]
+    found = {case.id: case for case in cases}
+    assert len(found) == len(cases), sorted(c.id for c in cases if found[c.id] is not c)
+    return found
 
 
 def dtypes_of(op: str) -> tuple[torch.dtype, ...]:

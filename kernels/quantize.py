@@ -99,7 +99,7 @@ def quantize(
         BLOCK_M=tile.rows,
         BLOCK_D=tile.columns,
         num_warps=tile.warps,
-        enable_fp_fusion=False,  # a product is rounded before it is compared: bits count
+        enable_fp_fusion=False,  # a product is rounded by itself: every bit counts
         mma=(MMA[x.dtype],) if hadamard else (),
     )
     return Quantized(values, scale, peak)

@@ -221,7 +221,7 @@ def _conv(
     if _onednn(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     if x.device.type == "cpu" and x.dtype == torch.float16 and not _tracked(x, weight):
-        # NOTE: of fp16 a CPU without its instructions takes a hundred times as long as of fp32.
+        # NOTE: F.conv3d of fp16 takes a CPU without instructions for it far longer than of fp32.
         y = _conv(x.float(), weight.float(), bias.float(), stride, padding)
         return y.to(x.dtype, memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight, bias, stride, padding)

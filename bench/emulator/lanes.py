@@ -5,9 +5,9 @@ Source: PTX ISA 9.0, sections 9.7.9.6 and 9.7.13.
 
 import numpy as np
 
-from wanrt.bench.emulator.machine import WARP, Machine, Step
+from wanrt.bench.emulator.machine import Machine, Step
 from wanrt.bench.emulator.operands import U32, source
-from wanrt.bench.emulator.program import EmulatorError, Instruction
+from wanrt.bench.emulator.program import WARP, EmulatorError, Instruction
 
 
 def _shuffle(instruction: Instruction) -> Step:

@@ -9,8 +9,9 @@ from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 
 from wanrt.bench.emulator.instructions import load
-from wanrt.bench.emulator.machine import WARP, Work, run
+from wanrt.bench.emulator.machine import Work, run
 from wanrt.bench.emulator.memory import GlobalMemory
+from wanrt.bench.emulator.program import WARP
 from wanrt.bench.emulator.traffic import Traffic
 from wanrt.kernels.launch import Launch
 

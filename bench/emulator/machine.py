@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wanrt.bench.emulator.memory import Array, GlobalMemory, Space, shared_memory
-from wanrt.bench.emulator.program import EmulatorError, Instruction, Program
+from wanrt.bench.emulator.program import WARP, EmulatorError, Instruction, Program
 from wanrt.bench.emulator.traffic import Traffic
 
-WARP = 32
 _DIGITS = "0123456789"
 _WORDS = {1: bool, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _ALIGNED = 128  # bytes: all banks once

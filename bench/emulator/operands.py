@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from wanrt.bench.emulator.machine import WARP, Machine
+from wanrt.bench.emulator.machine import Machine
 from wanrt.bench.emulator.memory import Array
-from wanrt.bench.emulator.program import EmulatorError, Instruction, Operand
+from wanrt.bench.emulator.program import WARP, EmulatorError, Instruction, Operand
 
 Source = Callable[[Machine], Array]
 DTYPES = {

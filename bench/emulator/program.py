@@ -17,6 +17,7 @@ _LABEL = re.compile(r"(\$?[\w$]+):$")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 _PART = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+WARP = 32  # lanes that take an instruction together
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64}
 
 

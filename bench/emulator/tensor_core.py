@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from wanrt.bench.emulator.access import address_of
-from wanrt.bench.emulator.machine import WARP, Machine, Step
+from wanrt.bench.emulator.machine import Machine, Step
 from wanrt.bench.emulator.memory import Array
 from wanrt.bench.emulator.operands import U32, source
-from wanrt.bench.emulator.program import EmulatorError, Instruction, Operand
+from wanrt.bench.emulator.program import WARP, EmulatorError, Instruction, Operand
 from wanrt.bench.emulator.rounding import from_bf16, from_e4m3
 
 _ROW = 16  # bytes of a row of an 8x8 matrix of 16-bit values

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wanrt.bench.emulator.memory import Array
-from wanrt.bench.emulator.program import Instruction
+from wanrt.bench.emulator.program import WARP, Instruction
 
-_BANKS, _BANK, _SECTOR, _WARP = 32, 4, 32, 32
+_BANKS, _BANK, _SECTOR = 32, 4, 32  # banks; bytes
 _SAMPLES = 64  # of an instruction, from its first turns; the others count as these
 
 
@@ -57,8 +57,8 @@ class Traffic:
         """Warps reach for `size` bytes at each lane's address `[lanes]`."""
         new = Access(taking.text, taking.source)
         access = self.accesses[space].setdefault(f"{taking.source} {taking.text}", new)
-        warps = addresses.reshape(-1, _WARP)
-        lanes = np.ones(warps.shape, bool) if active is None else active.reshape(-1, _WARP)
+        warps = addresses.reshape(-1, WARP)
+        lanes = np.ones(warps.shape, bool) if active is None else active.reshape(-1, WARP)
         busy = lanes.any(1)
         access.times += int(busy.sum())
         if access.looked_at >= _SAMPLES * len(warps):
@@ -75,7 +75,7 @@ def wavefronts(places: Array, size: int, there: Array) -> tuple[int, int]:
     """Turns that one warp's access to shared memory takes, and the fewest for as many bytes."""
     phases = max(1, size // _BANK)
     turns = 0
-    for lanes in np.split(np.arange(_WARP), phases):
+    for lanes in np.split(np.arange(WARP), phases):
         taken = places[lanes][there[lanes]]
         if taken.size:
             words = np.unique(taken[:, None] // _BANK + np.arange(phases))

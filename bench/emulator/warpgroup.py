@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wanrt.bench.emulator.machine import WARP, Machine, Step
+from wanrt.bench.emulator.machine import Machine, Step
 from wanrt.bench.emulator.memory import Array
 from wanrt.bench.emulator.operands import DTYPES, source
-from wanrt.bench.emulator.program import EmulatorError, Instruction, Operand
+from wanrt.bench.emulator.program import WARP, EmulatorError, Instruction, Operand
 from wanrt.bench.emulator.tensor_core import numbers, registers, rounded, vector, whole_warps
 
 _GROUP = 4 * WARP
